@@ -1,0 +1,94 @@
+"""How a campaign's models are found, opened and trained: the one place that tells scripted models from real ones."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from srlm_core.config import EngineConfig, RunConfig
+from srlm_core.engines import models, open_engine, resolve_dtype, resolve_kind, scripted, training_job
+from srlm_core.engines.protocol import Engine
+from srlm_core.engines.training_job import TrainingResult
+from srlm_core.errors import ConfigError
+from srlm_core.store import digest
+
+
+class Model(NamedTuple):
+    """A model of a campaign: its name, where its checkpoint lies, and what is in it."""
+
+    name: str
+    path: Path
+    digest: str
+
+
+class Backend(NamedTuple):
+    """What the loop asks of the world of models."""
+
+    base: Callable[[], Model]
+    """Find M0."""
+    frozen: Callable[[str], Model]
+    """Find another model by path, hub id, or `name@http://host/v1` for an endpoint."""
+    open: Callable[[Model], Engine]
+    train: Callable[..., TrainingResult]
+    digest: Callable[[Path], str]
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Replace `auto` by what this machine will use, so that fingerprints hold what really made the rows."""
+    kind = resolve_kind(config.engine)
+    engine = config.engine.model_copy(update={"kind": kind})
+    if kind != "scripted":
+        engine = engine.model_copy(update={"dtype": resolve_dtype(engine)})
+    if kind == "openai":
+        raise ConfigError(
+            "engine.kind: expected an engine that runs a local policy (auto, vllm, transformers, scripted), got 'openai': an "
+            "endpoint cannot be trained. Name it as a judge instead, e.g. evaluation.judge='model@http://127.0.0.1:8000/v1'."
+        )
+    return config.model_copy(update={"engine": engine})
+
+
+def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
+    """Bind the settings of a resolved config to engines, model lookup and trainers."""
+    model = config.model
+    if config.engine.kind == "scripted":
+
+        def scripted_base() -> Model:
+            path = scripted.base_model(cache / "scripted")
+            return Model("M0", path, _scripted_digest(path))
+
+        return Backend(
+            base=scripted_base,
+            frozen=lambda name: Model(name, Path(name), _scripted_digest(Path(name))),
+            open=lambda asked: scripted.ScriptedEngine(config.engine, asked.path),
+            train=scripted.train,
+            digest=_scripted_digest,
+        )
+
+    def base() -> Model:
+        path = models.resolve_model(model.path, model.revision, cache)
+        return Model("M0", path, models.model_digest(path, cache))
+
+    def frozen(name: str) -> Model:
+        if "@http" in name:
+            return Model(name, Path(name.split("@", 1)[0]), digest(name))
+        path = models.resolve_model(name, None, cache)
+        return Model(name, path, models.model_digest(path, cache))
+
+    def open_model(asked: Model) -> Engine:
+        engine, path = config.engine, asked.path
+        if "@http" in asked.name:
+            name, url = asked.name.split("@", 1)
+            engine, path = engine.model_copy(update={"kind": "openai", "base_url": url}), Path(name)
+        log = logs / f"engine_{asked.name.replace('/', '_')}.log"
+        return open_engine(engine, path, log=log, trust_remote_code=model.trust_remote_code)
+
+    return Backend(base, frozen, open_model, training_job.train, partial(models.model_digest, cache=cache))
+
+
+def _scripted_digest(path: Path) -> str:
+    return digest("scripted", scripted.skill_of(path))
+
+
+def describe_engine(config: EngineConfig) -> str:
+    """Say in a few words which engine runs, for the log."""
+    return f"{config.kind}, {config.dtype}, context {config.context}"

@@ -1,0 +1,1 @@
+"""What runs a model, behind one protocol: vllm, transformers, openai, scripted; and trl, which trains."""

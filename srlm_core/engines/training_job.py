@@ -1,0 +1,164 @@
+"""Training a model in a process of its own: the job, what comes of it, and `train`, which sees it through.
+
+The child (engines/trl.py) does the work; this side imports nothing heavy. A job that was killed goes on from its
+last complete checkpoint when `train` is called with it again, and cannot be told from one that was not.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from srlm_core.config import DpoConfig, Settings, SftConfig
+from srlm_core.errors import TrainingFailed
+
+Progress = dict[str, Any]
+"""One event of a training run. `event` names it:
+`rows` (n_rows, n_heldout, n_dropped), `dropped` (id, reason, n_tokens), `resumed` (step), `reference` (done, total),
+`step` (step, total_steps, loss, learning_rate, s_per_step), `evaluated` (step, metric, value), `saved` (path)."""
+
+_LAST_WORDS = 4000
+
+
+class TrainingJob(Settings):
+    """Everything one training run depends on."""
+
+    kind: Literal["sft", "dpo"]
+    rows: Path
+    """Parquet. sft: id, prompt, completion; dpo: id, prompt, chosen, rejected; all but id lists of {role, content}."""
+    heldout: Path | None = None
+    """Rows that choose among checkpoints, same columns; null = no early stopping."""
+    init_from: Path
+    """Checkpoint folder that training starts from."""
+    reference: Path | None = None
+    """dpo: checkpoint folder of the frozen model in the loss; null = init_from."""
+    output: Path
+    """Folder of the finished model; must not exist yet."""
+    work_dir: Path
+    """Checkpoints, log and reference log-probabilities, while it runs; the log stays."""
+    settings: SftConfig | DpoConfig
+    seed: int = 0
+    trust_remote_code: bool = False
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; null = all cores."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> Self:
+        if isinstance(self.settings, DpoConfig) != (self.kind == "dpo"):
+            raise ValueError(f"a job of kind {self.kind!r} came with {type(self.settings).__name__}.")
+        if self.kind == "sft" and self.reference is not None:
+            raise ValueError("reference is for jobs of kind 'dpo': supervised fine-tuning has no reference model.")
+        return self
+
+
+class DroppedRow(NamedTuple):
+    """A row that was left out before training."""
+
+    id: str
+    reason: Literal["too_long", "heldout_too_long"]
+    n_tokens: int
+
+
+class TrainingResult(Settings):
+    """What a training run did."""
+
+    log: tuple[dict[str, Any], ...]
+    """One row a step (loss, learning_rate, grad_norm; dpo: rewards/*, logps/* as TRL names them), and `eval_*` rows."""
+    steps: int
+    epochs: float
+    n_rows: int
+    """Rows trained on."""
+    n_heldout: int
+    dropped: tuple[DroppedRow, ...]
+    seconds: float
+    """Wall time of the process that finished the run, start-up and final save included."""
+    resumed_from_step: int | None
+    memory_mib: float
+    """Most memory the process held."""
+    gpu_memory_mib: float | None
+    best_step: int
+    """Step whose weights were saved: the last one without a held-out check."""
+    precision: Literal["float32", "bfloat16"]
+    """Arithmetic that `auto` came to."""
+
+
+def train(job: TrainingJob, *, log: Path, on_progress: Callable[[Progress], None] | None = None) -> TrainingResult:
+    """Train in a child process and return when job.output exists.
+
+    `log` receives what the child and its libraries say. Raises TrainingFailed, with the child's own words, when no
+    model came of it. The child ends with this process, however this process ends.
+    """
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+    job_file = job.work_dir / "job.json"
+    job_file.write_text(job.model_dump_json(indent=2))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    failure, result, step = None, None, None
+    with log.open("ab") as words:
+        said_before = words.tell()
+        child = _start(job_file, words)
+        try:
+            for event in _events(child):
+                if event["event"] == "failed":
+                    failure = event["message"]
+                elif event["event"] == "done":
+                    result = TrainingResult.model_validate(event["result"])
+                else:
+                    step = event.get("step", step) if event["event"] == "step" else step
+                    if on_progress is not None:
+                        on_progress(event)
+            code = child.wait()
+        finally:
+            _end(child)
+    if failure is not None:
+        raise TrainingFailed(failure)
+    if code != 0 or result is None:
+        raise TrainingFailed(_obituary(job, code, step, _last_words(log, said_before)))
+    return result
+
+
+def _start(job_file: Path, words: Any) -> subprocess.Popen[bytes]:
+    """Start the child in a session of its own; the pipe to its stdin is what tells it that we live."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "srlm_core.engines.trl", str(job_file)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
+    )
+
+
+def _events(child: subprocess.Popen[bytes]) -> Iterator[Progress]:
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _last_words(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - _LAST_WORDS))
+        return file.read().decode(errors="replace").strip()
+
+
+def _obituary(job: TrainingJob, code: int, step: int | None, words: str) -> str:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    where = "before its first step" if step is None else f"after step {step}"
+    memory = "If the machine ran out of memory, lower micro_batch_size or set gradient_checkpointing. " if code == -9 else ""
+    return (
+        f"training ({job.kind}): expected a model in {job.output}, got none: the process {how} {where}. "
+        f"{memory}Run again to go on from the last checkpoint in {job.work_dir}.\n"
+        f"Its last words:\n{words or '(none)'}"
+    )

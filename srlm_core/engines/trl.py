@@ -1,0 +1,618 @@
+"""The training child: `python -m srlm_core.engines.trl job.json` trains one model through TRL, and ends.
+
+Three things are kept true. Nothing is cut: a row that is too long is left out, and said so. The weights are float32
+while they are updated, whatever the arithmetic. A run that was killed and started again ends with the weights of
+one that was not: what a step sees depends on the seed, the epoch and the step alone.
+
+Only this child imports the module: it pays for torch, transformers and TRL at the top.
+"""
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from srlm_core.config import DpoConfig
+from srlm_core.engines.training_job import DroppedRow, Progress, TrainingJob, TrainingResult
+from srlm_core.errors import SrlmError, TrainingFailed
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", DISABLE_MLFLOW_INTEGRATION="TRUE",
+    WANDB_DISABLED="true", TOKENIZERS_PARALLELISM="true", TQDM_DISABLE="1", ACCELERATE_DISABLE_RICH="1",
+)  # fmt: skip
+if __name__ == "__main__":
+    # transformers imports what it finds and training never calls: a second and a half of start-up
+    sys.modules.update(dict.fromkeys(("sklearn", "scipy", "vllm", "deepspeed", "mlflow", "wandb"), None))  # type: ignore[arg-type]
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+import trl.trainer.dpo_trainer
+import trl.trainer.utils
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+# TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
+trl.trainer.utils._use_triton = lambda device: True
+# Names a cache that we do not use, at the price of reading every weight
+trl.trainer.dpo_trainer.hash_module = lambda module: ""
+
+_COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected")}
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+                    "*.jinja", "chat_templates", "*.tiktoken", "*.py")  # fmt: skip
+_CHECKS = {"sft": ("eval_loss", False), "dpo": ("eval_rewards/accuracies", True)}
+"""The held-out check of each kind, and whether more is better."""
+
+
+# ---------------------------------------------------------------------------------------------------- rows to tokens
+
+
+class Tokenized(NamedTuple):
+    """A row as the trainer wants it: token ids of the prompt and of each completion."""
+
+    id: str
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the longest sequence that training would see."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Read a job's Parquet file; raises TrainingFailed with words if it is not one."""
+    columns = ["id", "prompt", *_COMPLETIONS[kind]]
+    try:
+        found = pq.read_schema(path).names
+        if missing := [column for column in columns if column not in found]:
+            raise TrainingFailed(
+                f"training ({kind}): expected the columns {', '.join(columns)} in {path}, got {', '.join(found)}; "
+                f"missing: {', '.join(missing)}. Make the rows again."
+            )
+        rows = pq.read_table(path, columns=columns).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise TrainingFailed(
+            f"training ({kind}): expected a Parquet file of rows at {path}, got: {error}. Make the rows again."
+        ) from error
+    if not rows:
+        raise TrainingFailed(f"training ({kind}): expected rows in {path}, got none. Nothing can be learnt from no row.")
+    return rows
+
+
+def tokenize(row: dict[str, Any], kind: str, tokenizer: Any, ends: set[int]) -> Tokenized:
+    """Render a row with the chat template: the prompt up to where the assistant speaks, then each completion.
+
+    A completion goes from there to its end-of-turn token, which is its last token: exactly what sampling draws. It is
+    tokenized apart from the prompt, as it was when it was drawn.
+    """
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    completions = []
+    for column in _COMPLETIONS[kind]:
+        text = tokenizer.apply_chat_template(row["prompt"] + row[column], tokenize=False)
+        if not text.startswith(prompt):
+            raise TrainingFailed(
+                f"training: expected the chat template to render a prompt as the beginning of prompt and response, got "
+                f"{text[: len(prompt)][-80:]!r} where the prompt ends with {prompt[-80:]!r} (row {row['id']}). "
+                "The model would be trained on another context than it answers in: mend the chat template."
+            )
+        ids = _ids(tokenizer, text[len(prompt) :])
+        last = max((i for i, token in enumerate(ids) if token in ends), default=None)
+        if last is None:
+            raise TrainingFailed(
+                f"training: expected the chat template to end the assistant's turn with an end-of-turn token "
+                f"({', '.join(tokenizer.convert_ids_to_tokens(sorted(ends)))}), got {text[len(prompt) :][-40:]!r} "
+                f"(row {row['id']}). A model trained on this never stops: set eos_token to what the template writes."
+            )
+        completions.append(ids[: last + 1])
+    return Tokenized(row["id"], _ids(tokenizer, prompt), tuple(completions))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_tokens(tokenizer: Any, generation: GenerationConfig) -> set[int]:
+    """Tokens that end an assistant's turn: what generation stops at."""
+    declared = generation.eos_token_id
+    ends = {declared} if isinstance(declared, int) else set(declared or ())
+    return ends | ({tokenizer.eos_token_id} - {None})
+
+
+def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
+    """Columns as TRL names them once tokenized."""
+    if kind == "sft":
+        return Dataset.from_list([
+            {"input_ids": row.prompt + row.completions[0], "labels": [-100] * len(row.prompt) + row.completions[0]} for row in rows
+        ])
+    return Dataset.from_list([
+        {"prompt_ids": row.prompt, "chosen_ids": row.completions[0], "rejected_ids": row.completions[1]} for row in rows
+    ])
+
+
+# --------------------------------------------------------------------------------------------------------- trainers
+
+
+class StepSampler(torch.utils.data.Sampler[int]):
+    """Random steps of `batch_size` rows; within a step rows of like length are neighbours, to share micro batches.
+
+    Which rows make a step depends on seed and epoch alone, so neither the micro batch nor a resumption changes it.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=lambda i: (-self.lengths[i], i))
+
+
+class _Ours:
+    """What both trainers do our way: steps by StepSampler, means over rows, no model card."""
+
+    sampler: StepSampler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        return self.sampler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the store says where a model came from."""
+
+    def _send_telemetry(self) -> None:
+        """Send none."""
+
+
+class _Sft(_Ours, SFTTrainer):
+    """SFTTrainer on rows that are tokenized already."""
+
+
+class _Dpo(_Ours, DPOTrainer):
+    """DPOTrainer on rows that are tokenized already; every row of a step weighs the same, whatever its micro batch."""
+
+    loss_is_scaled_for_ga = True
+    reference_file: Path
+    report: "Report"
+
+    def __init__(self, *args: Any, reference_file: Path, report: "Report", **kwargs: Any) -> None:
+        self.reference_file, self.report = reference_file, report
+        self._micro_rows: dict[str, list[int]] = {"train": [], "eval": []}
+        super().__init__(*args, **kwargs)
+        self.ref_model = None  # its log-probabilities are on file: the memory of one model is enough
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Score each pair once under the reference, into a file that survives us: the reference never changes."""
+        path = self.reference_file.with_name(f"reference_{name}.jsonl")
+        known = {entry["row"]: entry for entry in _read_lines(path)}
+        length = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+        todo = sorted((i for i in range(len(dataset)) if i not in known), key=lambda i: -length[i])
+        model = (self.ref_model or self.model).eval()
+        with path.open("a") as file:
+            for start in range(0, len(todo), batch_size):
+                rows = todo[start : start + batch_size]
+                batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
+                scores = zip(rows, *(logps.tolist() for logps in self.compute_ref_log_probs(model, batch)), strict=True)
+                entries = [{"row": row, "chosen": chosen, "rejected": rejected} for row, chosen, rejected in scores]
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+                file.flush()
+                known |= {entry["row"]: entry for entry in entries}
+                self.report(event="reference", done=len(known), total=len(dataset))
+        for role in ("chosen", "rejected"):
+            dataset = dataset.add_column(f"ref_{role}_logps", [known[i][role] for i in range(len(dataset))])
+        return dataset
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        n_rows = torch.tensor(sum(_n_pairs(sample) for sample in samples), device=self.args.device)
+        return samples, self.accelerator.gather(n_rows).sum()
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        self._micro_rows["train" if self.model.training else "eval"].append(_n_pairs(inputs))
+        loss = super().compute_loss(model, inputs, return_outputs)
+        if num_items_in_batch is None:
+            return loss
+        return loss * _n_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        weights, self._micro_rows[mode] = self._micro_rows[mode], []
+        for name, values in self._metrics[mode].items():
+            if len(values) == len(weights) and weights:
+                self._metrics[mode][name] = [sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)]
+        super().log(logs, start_time)
+
+
+def _n_pairs(batch: dict[str, torch.Tensor]) -> int:
+    return batch["input_ids"].shape[0] // 2
+
+
+# ---------------------------------------------------------------------------------- what happens between the steps
+
+
+class Report:
+    """Say events to the parent, one JSON line each, on the descriptor that was our stdout."""
+
+    def __init__(self) -> None:
+        self._pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print is words, not events
+
+    def __call__(self, **event: Any) -> None:
+        self._pipe.write(json.dumps(event) + "\n")
+        self._pipe.flush()
+
+
+class Checkpoints(TrainerCallback):
+    """Save when time or steps say so, and check the held-out rows at the steps and at the end."""
+
+    def __init__(self, job: TrainingJob, report: Report) -> None:
+        self.settings, self.heldout, self.report, self.saved_at = job.settings, job.heldout is not None, report, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint, and for a check where one is due."""
+        due = state.global_step % self.settings.checkpoint_steps == 0
+        ends = state.global_step >= state.max_steps
+        if self.heldout and (due or ends):
+            control.should_evaluate = control.should_save = True
+        elif not ends and (due or time.monotonic() - self.saved_at >= self.settings.checkpoint_every_s):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the seconds from here, so that slow disks do not save all the time."""
+        self.saved_at = time.monotonic()
+        self.report(event="saved", step=state.global_step)
+
+
+class EarlyStop(TrainerCallback):
+    """Stop after `patience` checks without a better one; reads the log, so a resumed run decides alike."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.metric, self.more_is_better = _CHECKS[job.kind]
+        self.patience = job.settings.patience
+
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether the best check lies `patience` checks back."""
+        values = [row[self.metric] for row in state.log_history if self.metric in row]
+        best = values.index(max(values) if self.more_is_better else min(values)) if values else 0
+        return len(values) - 1 - best >= self.patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if it is time."""
+        control.should_training_stop = control.should_training_stop or self.is_over(state)
+
+
+class Log(TrainerCallback):
+    """Write each step to log.jsonl and tell the parent; a loss that is no number ends the run."""
+
+    def __init__(self, job: TrainingJob, report: Report) -> None:
+        self.job, self.report, self.path, self.before = job, report, job.work_dir / "log.jsonl", time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Rewrite the file from the checkpoint's history: steps after it will be taken again."""
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in steps_of(state)))
+        self.before = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the newest row."""
+        row = state.log_history[-1]
+        if not _is_step(row):
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        metric = _CHECKS[self.job.kind][0]
+        if metric in row:
+            self.report(event="evaluated", step=row["step"], metric=metric, value=row[metric])
+        if "loss" in row:
+            self._tell(row, state.max_steps)
+
+    def _tell(self, row: dict[str, Any], total: int) -> None:
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            raise TrainingFailed(
+                f"training ({self.job.kind}): expected a finite loss at step {row['step']}, got loss={row['loss']}, "
+                f"grad_norm={row['grad_norm']}. Lower learning_rate ({self.job.settings.learning_rate:g}) or max_grad_norm."
+            )
+        now = time.monotonic()
+        self.report(event="step", step=row["step"], total_steps=total, loss=row["loss"],
+                    learning_rate=row["learning_rate"], s_per_step=round(now - self.before, 3))  # fmt: skip
+        self.before = now
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    return "loss" in row or any(name.startswith("eval_") for name in row)
+
+
+def steps_of(state: TrainerState) -> list[dict[str, Any]]:
+    """Rows of the log: what steps and held-out checks said, without the summary of the whole run."""
+    return [row for row in state.log_history if _is_step(row)]
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def run(job: TrainingJob, report: Report) -> TrainingResult:
+    """Train the job's model and put it in its place."""
+    started = time.monotonic()
+    finished = claim(job)
+    if finished is not None:
+        return finished
+    torch.set_num_threads(job.threads or len(os.sched_getaffinity(0)))
+    tokenizer = AutoTokenizer.from_pretrained(job.init_from, trust_remote_code=job.trust_remote_code)
+    rows, heldout, dropped = load_rows(job, tokenizer, report)
+    checkpoint = last_checkpoint(job.work_dir / "checkpoints")
+    trainer = make_trainer(job, rows, heldout, tokenizer, report)
+    resumed = None if checkpoint is None else int(checkpoint.name.split("-")[-1])
+    if resumed is not None:
+        report(event="resumed", step=resumed)
+    fit(trainer, job, checkpoint)
+    save(trainer, job)
+    state, on_gpu = trainer.state, torch.cuda.is_available()
+    result = TrainingResult(
+        log=tuple(steps_of(state)), steps=state.global_step, epochs=state.epoch or 0.0,
+        n_rows=len(rows), n_heldout=len(heldout), dropped=tuple(dropped),
+        seconds=round(time.monotonic() - started, 2), resumed_from_step=resumed,
+        memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        gpu_memory_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
+        best_step=(state.best_global_step if heldout else None) or state.global_step,
+        precision="bfloat16" if trainer.args.bf16 else "float32",
+    )  # fmt: skip
+    (job.work_dir / "result.json").write_text(result.model_dump_json(indent=2))
+    shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
+    return result
+
+
+def claim(job: TrainingJob) -> TrainingResult | None:
+    """Make the work folder this job's own, and return the result if the job is done already.
+
+    What another job left there (other rows, other settings) is removed: going on from it would mix the two.
+    """
+    mark = job.work_dir / "fingerprint"
+    same = mark.exists() and mark.read_text() == fingerprint(job)
+    if job.output.exists():
+        if same and (job.work_dir / "result.json").exists():
+            return TrainingResult.model_validate_json((job.work_dir / "result.json").read_text())
+        raise TrainingFailed(
+            f"training ({job.kind}): expected no folder at {job.output}, got one that this job did not finish. "
+            "Move it away, or train into another folder."
+        )
+    if not same:
+        shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
+        for leftover in ("log.jsonl", "result.json", "reference_train.jsonl", "reference_eval.jsonl"):
+            (job.work_dir / leftover).unlink(missing_ok=True)
+        mark.write_text(fingerprint(job))
+    return None
+
+
+def fingerprint(job: TrainingJob) -> str:
+    """Digest of what decides the weights: the job without its paths of work, and the rows themselves."""
+    said = job.model_dump(mode="json", exclude={"output", "work_dir", "threads"})
+    said["settings"].pop("checkpoint_every_s")
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for path in (job.rows, job.heldout):
+        if path is not None and path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_rows(job: TrainingJob, tokenizer: Any, report: Report) -> tuple[list[Tokenized], list[Tokenized], list[DroppedRow]]:
+    """Tokenize rows and held-out rows; leave out, count and report first what is longer than max_length."""
+    if tokenizer.chat_template is None:
+        raise TrainingFailed(
+            f"training ({job.kind}): expected a chat template in {job.init_from}, got none. Add a chat_template.jinja to it."
+        )
+    generation = _generation_config(job.init_from)
+    ends = end_tokens(tokenizer, generation)
+    kept: dict[str, list[Tokenized]] = {"too_long": [], "heldout_too_long": []}
+    dropped = []
+    for reason, path in (("too_long", job.rows), ("heldout_too_long", job.heldout)):
+        for row in read_rows(path, job.kind) if path is not None else ():
+            tokenized = tokenize(row, job.kind, tokenizer, ends)
+            if tokenized.n_tokens > job.settings.max_length:
+                dropped.append(DroppedRow(tokenized.id, reason, tokenized.n_tokens))
+                report(event="dropped", **dropped[-1]._asdict())
+            else:
+                kept[reason].append(tokenized)
+    report(event="rows", n_rows=len(kept["too_long"]), n_heldout=len(kept["heldout_too_long"]), n_dropped=len(dropped))
+    for reason, path in (("too_long", job.rows), ("heldout_too_long", job.heldout)):
+        if path is not None and not kept[reason]:
+            shortest = min(row.n_tokens for row in dropped if row.reason == reason)
+            raise TrainingFailed(
+                f"training ({job.kind}): expected rows of at most max_length={job.settings.max_length} tokens in {path}, "
+                f"got none: the shortest of {len(dropped)} has {shortest}. Raise max_length."
+            )
+    return kept["too_long"], kept["heldout_too_long"], dropped
+
+
+def _generation_config(model: Path) -> GenerationConfig:
+    if (model / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(model)
+    return GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(model))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint; delete halves. The Trainer writes trainer_state.json last."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            complete.append((step, checkpoint))
+    return max(complete)[1] if complete else None
+
+
+def load_model(path: Path, job: TrainingJob) -> Any:
+    """Load a checkpoint in float32: a step of 1e-6 is below the resolution of a bfloat16 weight."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+
+
+def use_bfloat16(precision: str) -> bool:
+    """Say whether the passes run under bfloat16 autocast; `auto` where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def micro_batches(job: TrainingJob) -> tuple[int, int]:
+    """Split a step over devices and forward passes: rows of one pass, passes a device accumulates."""
+    devices, settings = int(os.environ.get("WORLD_SIZE", "1")), job.settings
+    micro = min(settings.micro_batch_size, max(1, settings.batch_size // devices))
+    if settings.batch_size % (micro * devices):
+        raise TrainingFailed(
+            f"training ({job.kind}): expected batch_size to be a multiple of micro_batch_size x devices, got "
+            f"{settings.batch_size} and {micro} x {devices}. Change batch_size or micro_batch_size."
+        )
+    return micro, settings.batch_size // (micro * devices)
+
+
+def arguments(job: TrainingJob, heldout: bool) -> dict[str, Any]:
+    """The settings, in the Trainer's words."""
+    settings = job.settings
+    micro, accumulation = micro_batches(job)
+    metric, more_is_better = _CHECKS[job.kind]
+    choose = {
+        "eval_strategy": "steps", "eval_steps": settings.checkpoint_steps, "save_strategy": "steps",
+        "save_steps": settings.checkpoint_steps, "save_total_limit": 3, "load_best_model_at_end": True,
+        "metric_for_best_model": metric, "greater_is_better": more_is_better,
+    } if heldout else {"eval_strategy": "no", "save_strategy": "no", "save_total_limit": 2}  # fmt: skip
+    return choose | {
+        "output_dir": str(job.work_dir / "checkpoints"), "seed": job.seed, "data_seed": job.seed,
+        "learning_rate": settings.learning_rate, "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": settings.final_learning_rate}, "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm,
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro, "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "bf16": use_bfloat16(settings.precision), "use_cpu": not torch.cuda.is_available(), "max_length": None,
+        "logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(), "prediction_loss_only": True,
+    }  # fmt: skip
+
+
+def make_trainer(job: TrainingJob, rows: list[Tokenized], heldout: list[Tokenized], tokenizer: Any, report: Report) -> Any:
+    """Put model, rows and settings into TRL's trainer."""
+    given: dict[str, Any] = {
+        "model": load_model(job.init_from, job), "processing_class": tokenizer, "peft_config": lora(job),
+        "train_dataset": as_dataset(rows, job.kind), "eval_dataset": as_dataset(heldout, job.kind) if heldout else None,
+        "callbacks": [Log(job, report), Checkpoints(job, report), *([EarlyStop(job)] if heldout else [])],
+    }  # fmt: skip
+    words = arguments(job, bool(heldout))
+    if isinstance(job.settings, DpoConfig):
+        other = job.reference is not None and job.reference.resolve() != job.init_from.resolve()
+        trainer = _Dpo(
+            args=DPOConfig(beta=job.settings.beta, precompute_ref_log_probs=True, precompute_ref_batch_size=2 * micro_batches(job)[0], **words),
+            ref_model=load_model(job.reference, job) if other else None,
+            reference_file=job.work_dir / "reference", report=report, **given,
+        )  # fmt: skip
+    else:
+        trainer = _Sft(args=SFTConfig(**words), **given)
+    trainer.sampler = StepSampler([row.n_tokens for row in rows], job.settings.batch_size, job.seed)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def lora(job: TrainingJob) -> Any:
+    """LoRA on every linear layer but the head, or None for full weights."""
+    if job.settings.lora_rank == 0:
+        return None
+    from peft import LoraConfig
+
+    rank = job.settings.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def fit(trainer: Any, job: TrainingJob, checkpoint: Path | None) -> None:
+    """Train from the start or from a checkpoint, and end with the weights of the best check, if there are checks."""
+    if checkpoint is not None and job.heldout is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if EarlyStop(job).is_over(state):
+            # Killed between the check that ended training and the final save: a step more would be one too many
+            trainer.state = state
+            trainer._load_best_model()
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+
+
+def save(trainer: Any, job: TrainingJob) -> None:
+    """Write plain full weights, tokenizer and generation settings aside, then rename them into place."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if job.settings.lora_rank:
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    aside = job.output.with_name(f".tmp-{job.output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.to(getattr(torch, job.settings.save_dtype)).save_pretrained(aside)
+    for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+        for source in job.init_from.glob(pattern):
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, aside / source.name)
+    aside.rename(job.output)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Entries of a JSON-lines file; what a kill left of its last line is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def end_with_parent() -> None:
+    """Kill our whole session when the parent's end of stdin closes, which no death of the parent can prevent."""
+
+    def wait() -> NoReturn:
+        while os.read(0, 4096):
+            pass
+        os.killpg(0, signal.SIGKILL)
+        raise SystemExit
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> int:
+    """Run the job named on the command line."""
+    report = Report()
+    end_with_parent()
+    job = TrainingJob.model_validate_json(Path(sys.argv[1]).read_text())
+    try:
+        result = run(job, report)
+    except SrlmError as error:
+        report(event="failed", message=str(error))
+        return 1
+    report(event="done", result=result.model_dump(mode="json"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

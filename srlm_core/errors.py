@@ -1,0 +1,33 @@
+"""What can go wrong, each with three beats: what was expected, what came, what to do."""
+
+
+class SrlmError(Exception):
+    """Base of every error a user can mend; the command line prints it without a traceback."""
+
+
+class ConfigError(SrlmError):
+    """A setting is unknown, ill-typed, or cannot work with another one."""
+
+
+class DataError(SrlmError):
+    """A file that the user gave cannot be used."""
+
+
+class ModelError(SrlmError):
+    """A model is missing, or is not a causal language model with a chat template."""
+
+
+class StoreError(SrlmError):
+    """The campaign folder cannot be used: locked, changed under a finished campaign, or full."""
+
+
+class NothingLeft(SrlmError):
+    """A stage has no row to hand on: no prompt survived, no judgment was readable, or no pair is left."""
+
+
+class EngineDied(SrlmError):
+    """An engine's process ended while requests were in flight; carries its own last words."""
+
+
+class TrainingFailed(SrlmError):
+    """The training process ended without a model; carries its own last words."""

@@ -1,0 +1,351 @@
+"""evaluation: is the judge better, is the policy better, and not only longer or more generous?
+
+Every rate has its n and standard error; ties and unreadable judgments are counted, not hidden; comparisons run in both
+orders and a disagreement is a tie. Definitions: arXiv:2401.10020 section 3.2 and table 4; tie rules are ours.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import kendalltau, spearmanr
+
+from srlm_core import judgments, schemas
+from srlm_core.engines.protocol import Engine, Request
+from srlm_core.store import digest
+
+VERSION = 1
+
+
+class Rate(NamedTuple):
+    """A number with its uncertainty; null where there was nothing to measure."""
+
+    value: float | None
+    stderr: float | None
+    n: int
+
+
+def rate(values: Sequence[float]) -> Rate:
+    """Return the mean of independent values with its standard error; (0.64, 0.03, 256) for 164 ones of 256."""
+    n = len(values)
+    if not n:
+        return Rate(None, None, 0)
+    mean = math.fsum(values) / n
+    return Rate(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / n / n), n)
+
+
+# --- the judge against human rankings -------------------------------------------------------------------------------
+
+
+class Ranked(NamedTuple):
+    """One response of a held-out group: its human rank (0 = best), the judge's score (null: unreadable), its length."""
+
+    rank: int
+    score: float | None
+    length: int
+
+
+class GroupMeasure(NamedTuple):
+    """What one prompt's group contributes."""
+
+    n_pairs: int
+    correct: int
+    ties: int
+    longer_correct: float
+    exact: bool | None
+    spearman: float | None
+    kendall: float | None
+    n_full: int
+    full_and_best: int
+
+
+def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
+    """Compare a judge's scores with the human order of one prompt's responses.
+
+    Pairs in which a score is missing, or that humans rank equal, are left out. Scores 5, 4, 4 in human order:
+    2 of 3 pairs correct, 1 tie, not exact, Spearman 0.866, tau-b 0.816.
+    """
+    pairs = [
+        (a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank
+    ]
+    better_first = [(a, b) if a.rank < b.rank else (b, a) for a, b in pairs]
+    read = [(a, b) for a, b in better_first if a.score is not None and b.score is not None]
+    scored = [response for response in group if response.score is not None]
+    full = [response for response in scored if response.score == 5]
+    best = min(response.rank for response in group)
+    complete = len(scored) == len(group) and bool(read)
+    exact = all(a.score > b.score for a, b in read) if complete else None  # type: ignore[operator]
+    spearman, kendall = _correlations(scored)
+    return GroupMeasure(
+        n_pairs=len(read),
+        correct=sum(a.score > b.score for a, b in read),  # type: ignore[operator]
+        ties=sum(a.score == b.score for a, b in read),
+        longer_correct=sum(0.5 if a.length == b.length else float(a.length > b.length) for a, b in read),
+        exact=exact,
+        spearman=spearman,
+        kendall=kendall,
+        n_full=len(full),
+        full_and_best=sum(response.rank == best for response in full),
+    )
+
+
+def _correlations(scored: Sequence[Ranked]) -> tuple[float | None, float | None]:
+    """Spearman and tau-b of scores with human goodness; null where one side is constant."""
+    goodness, scores = [-r.rank for r in scored], [r.score for r in scored]
+    if len(set(goodness)) < 2 or len(set(scores)) < 2:
+        return None, None
+    return float(spearmanr(goodness, scores).statistic), float(kendalltau(goodness, scores).statistic)
+
+
+def measure_judge(groups: Sequence[Sequence[Ranked]], *, samples: int, seed: int) -> dict[str, Any]:
+    """Return the paper's five figures and what stands beside them, with prompt-level bootstrap errors.
+
+    Ties count as wrong in the headline; undefined correlations count as 0 in it, with the mean over the defined
+    ones and their number beside.
+    """
+    measured = [measure_group(group) for group in groups]
+    sums: dict[str, Callable[[Sequence[GroupMeasure]], tuple[float, int]]] = {
+        "pairwise_accuracy": lambda m: (sum(g.correct for g in m), sum(g.n_pairs for g in m)),
+        "pairwise_accuracy_tie_half": lambda m: (sum(g.correct + g.ties / 2 for g in m), sum(g.n_pairs for g in m)),
+        "pairwise_accuracy_no_ties": lambda m: (sum(g.correct for g in m), sum(g.n_pairs - g.ties for g in m)),
+        "tie_rate": lambda m: (sum(g.ties for g in m), sum(g.n_pairs for g in m)),
+        "longer_accuracy": lambda m: (sum(g.longer_correct for g in m), sum(g.n_pairs for g in m)),
+        "exact_match": lambda m: (sum(g.exact or 0 for g in m), sum(g.exact is not None for g in m)),
+        "five_best": lambda m: (sum(g.full_and_best for g in m), sum(g.n_full for g in m)),
+        "spearman": lambda m: (sum(g.spearman or 0 for g in m), len(m)),
+        "spearman_defined": lambda m: (sum(g.spearman or 0 for g in m), sum(g.spearman is not None for g in m)),
+        "kendall": lambda m: (sum(g.kendall or 0 for g in m), len(m)),
+        "kendall_defined": lambda m: (sum(g.kendall or 0 for g in m), sum(g.kendall is not None for g in m)),
+    }
+    result: dict[str, Any] = {name: _bootstrapped(measured, of, samples, seed)._asdict() for name, of in sums.items()}
+    result["n_groups"] = len(measured)
+    result["n_undefined"] = sum(g.spearman is None for g in measured)
+    return result
+
+
+def _bootstrapped(
+    groups: Sequence[GroupMeasure], of: Callable[[Sequence[GroupMeasure]], tuple[float, int]], samples: int, seed: int
+) -> Rate:
+    """A ratio of sums over prompts, its standard error by resampling prompts."""
+    per_group = np.array([of([group]) for group in groups], dtype=float).reshape(-1, 2)
+    total, n = per_group.sum(axis=0) if len(per_group) else (0.0, 0)
+    if not n:
+        return Rate(None, None, 0)
+    drawn = np.random.default_rng(seed).integers(0, len(groups), size=(samples, len(groups)))
+    resampled = per_group[drawn].sum(axis=1)
+    ratios = resampled[resampled[:, 1] > 0]
+    return Rate(float(total / n), float((ratios[:, 0] / ratios[:, 1]).std()), int(n))
+
+
+def group_tasks(groups: Iterable[Mapping[str, Any]]) -> list[judgments.Task]:
+    """Lay out ranked groups for the judge, all responses of a prompt together."""
+    return [
+        judgments.Task(response_key(group["prompt"], response["text"]), digest(group["prompt"]), group["prompt"], response["text"])
+        for group in groups
+        for response in group["responses"]
+    ]
+
+
+def response_key(prompt: str, text: str) -> str:
+    """Identify a response that a file brought."""
+    return digest("held out", prompt, text)
+
+
+def ranked(groups: Iterable[Mapping[str, Any]], scores: Mapping[str, float]) -> list[list[Ranked]]:
+    """Join a judge's scores to ranked groups, by id."""
+    return [
+        [Ranked(r["rank"], scores.get(response_key(group["prompt"], r["text"])), len(r["text"])) for r in group["responses"]]
+        for group in groups
+    ]
+
+
+# --- judge health ---------------------------------------------------------------------------------------------------
+
+
+def judge_health(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Describe a set of judgments: readable rate, why not, histogram, entropy, spread over passes, pull of length."""
+    verdicts: dict[str, list[float]] = defaultdict(list)
+    reasons: Counter[str] = Counter()
+    for row in rows.select(["target_id", "verdict", "unreadable_reason"]).to_pylist():
+        if row["verdict"] is None:
+            reasons[row["unreadable_reason"]] += 1
+        else:
+            verdicts[row["target_id"]].append(row["verdict"])
+    read = [value for values in verdicts.values() for value in values]
+    histogram = Counter(round(value) for value in read)
+    shares = [count / len(read) for count in histogram.values()] if read else []
+    means = {target: math.fsum(values) / len(values) for target, values in verdicts.items()}
+    spreads = [float(np.std(values)) for values in verdicts.values() if len(values) > 1]
+    return {
+        "readable_rate": rate([1.0] * len(read) + [0.0] * reasons.total())._asdict(),
+        "unreadable": dict(sorted(reasons.items())),
+        "score": rate(list(means.values()))._asdict(),
+        "histogram": {str(point): histogram.get(point, 0) for point in range(6)},
+        "entropy_bits": -sum(share * math.log2(share) for share in shares) if read else None,
+        "spread_over_passes": math.fsum(spreads) / len(spreads) if spreads else None,
+        "score_length_correlation": _length_pull(means, lengths or {}),
+    }
+
+
+def _length_pull(means: Mapping[str, float], lengths: Mapping[str, int]) -> float | None:
+    both = [(means[target], lengths[target]) for target in means if target in lengths]
+    if len({score for score, _ in both}) < 2 or len({length for _, length in both}) < 2:
+        return None
+    return float(spearmanr([score for score, _ in both], [length for _, length in both]).statistic)
+
+
+def lengths_of(responses: pa.Table) -> dict[str, Any]:
+    """Describe how long responses are, in characters and tokens, and how many were cut."""
+    chars = [len(text) for text in responses["response"].to_pylist()]
+    tokens = responses["n_tokens"].to_pylist()
+    cut = [float(reason == "length") for reason in responses["finish_reason"].to_pylist()]
+    return {
+        "n": len(chars),
+        "chars_mean": float(np.mean(chars)) if chars else None,
+        "chars_p95": float(np.percentile(chars, 95)) if chars else None,
+        "tokens_mean": float(np.mean(tokens)) if tokens else None,
+        "truncated": rate(cut)._asdict(),
+    }
+
+
+# --- responses that try to win a score ------------------------------------------------------------------------------
+
+
+def attack_tasks(attacks: Iterable[Mapping[str, Any]]) -> list[judgments.Task]:
+    """Lay out each response twice: plain, and with the text that quotes scores or gives the judge orders."""
+    tasks: list[judgments.Task] = []
+    for attack in attacks:
+        parts = [attack["response"], attack["attack"]]
+        attacked = "\n\n".join(parts[::-1] if attack.get("position") == "before" else parts)
+        for name, text in (("plain", attack["response"]), ("attacked", attacked)):
+            tasks.append(judgments.Task(_attack_key(attack, name), digest(attack["prompt"]), attack["prompt"], text))
+    return tasks
+
+
+def _attack_key(attack: Mapping[str, Any], name: str) -> str:
+    return digest("attack", attack["prompt"], attack["attack"], name)
+
+
+def attack_shift(attacks: Sequence[Mapping[str, Any]], scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return the mean shift in score that the attacks won, rubric points, and the shift of each form."""
+    shifts: dict[str, float] = {}
+    for attack in attacks:
+        plain, attacked = (scores.get(_attack_key(attack, name)) for name in ("plain", "attacked"))
+        if plain is not None and attacked is not None:
+            shifts[attack["form"]] = attacked - plain
+    return {"shift": rate(list(shifts.values()))._asdict(), "n_attacks": len(attacks), "by_form": shifts}
+
+
+# --- head to head ---------------------------------------------------------------------------------------------------
+
+
+class Match(NamedTuple):
+    """Two models' answers to one prompt."""
+
+    prompt_id: str
+    prompt: str
+    a_id: str
+    a: str
+    b_id: str
+    b: str
+
+
+def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
+    """Join two models' first answers by prompt; prompts that either did not answer are left out."""
+    answers = [{row["prompt_id"]: row for row in side.to_pylist() if row["index"] == 0} for side in (a, b)]
+    return [
+        Match(
+            row["prompt_id"], judgments.conversation(row["messages"]),
+            answers[0][row["prompt_id"]]["response_id"], answers[0][row["prompt_id"]]["response"],
+            answers[1][row["prompt_id"]]["response_id"], answers[1][row["prompt_id"]]["response"],
+        )
+        for row in prompts.to_pylist()
+        if row["prompt_id"] in answers[0] and row["prompt_id"] in answers[1]
+    ]  # fmt: skip
+
+
+def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tuple[pa.Table, pa.Table]:
+    """Judge each match in both orders; rows JUDGMENTS (form pairwise) whose verdict is p(first is better), and DROPS."""
+    rubric = judgments.load_rubric("pairwise", justified=None)
+    shown = {
+        f"{order}/{match.prompt_id}": (match, order)
+        for match in played
+        for order in ("ab", "ba")
+    }
+    requests = [
+        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
+        for key, (match, order) in shown.items()
+    ]
+    told = {scores.request_id: scores.logprobs for scores in engine.token_scores(requests, ("A", "B"))}
+    rows: list[dict[str, object]] = []
+    drops: list[dict[str, object]] = []
+    for key, (match, order) in shown.items():
+        logprobs = told[key]
+        if logprobs is None:
+            row = {"id": digest(key, match.a_id, match.b_id), "stage": "evaluation", "reason": "judge_prompt_too_long"}
+            drops.append({**row, "iteration": 0, "detail": None})
+            continue
+        p_first = judgments.normalise(logprobs)[0]
+        first, second = (match.a_id, match.b_id) if order == "ab" else (match.b_id, match.a_id)
+        rows.append(
+            {
+                "judgment_id": digest(first, second, judge_name, rubric.identity),
+                "target_id": match.a_id,
+                "other_id": match.b_id,
+                "first": first,
+                "prompt_id": match.prompt_id,
+                "iteration": 0,
+                "index": 0 if order == "ab" else 1,
+                "form": "pairwise",
+                "reading": "expected",
+                "judge": judge_name,
+                "rubric": rubric.identity,
+                "text": f"Better: A:{p_first:.3f} B:{1 - p_first:.3f}",
+                "verdict": p_first,
+                "unreadable_reason": None,
+                "finish_reason": "stop",
+                "seed": 0,
+            }
+        )
+    return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
+
+
+def _in_order(match: Match, order: str) -> dict[str, str]:
+    return {"first": match.a, "second": match.b} if order == "ab" else {"first": match.b, "second": match.a}
+
+
+def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Count wins, ties and losses of target against other; a verdict that changes with the order is a tie.
+
+    120 wins, 80 ties, 56 losses of 256: 46.9 / 31.3 / 21.9 %, and 0.625 with ties as halves.
+    """
+    seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
+    for row in rows.to_pylist():
+        a_first = row["first"] == row["target_id"]
+        seen[row["target_id"], row["other_id"]][a_first] = row["verdict"] if a_first else 1 - row["verdict"]
+    both = {pair: orders for pair, orders in seen.items() if len(orders) == 2}
+    points = [_point(orders[True], orders[False]) for orders in both.values()]
+    flips = [float((orders[True] > 0.5) != (orders[False] > 0.5)) for orders in both.values()]
+    result: dict[str, Any] = {
+        "win": rate([float(point == 1) for point in points])._asdict(),
+        "tie": rate([float(point == 0.5) for point in points])._asdict(),
+        "lose": rate([float(point == 0) for point in points])._asdict(),
+        "win_or_half_tie": rate(points)._asdict(),
+        "flip_rate": rate(flips)._asdict(),
+    }
+    if lengths is not None:
+        longer = [float(lengths[a] > lengths[b]) for a, b in both]
+        result["longer"] = rate(longer)._asdict()
+    return result
+
+
+def _point(p_shown_first: float, p_shown_second: float) -> float:
+    """1, 0.5 or 0 for the model whose chance of being better is p when shown first and when shown second."""
+    if p_shown_first > 0.5 and p_shown_second > 0.5:
+        return 1.0
+    if p_shown_first < 0.5 and p_shown_second < 0.5:
+        return 0.0
+    return 0.5

@@ -1,0 +1,75 @@
+"""How the loop's work is run: here by plain threads; flows/ has the one that shows it to Prefect."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+from srlm_core.errors import EngineDied
+from srlm_core.store import Made
+
+log = logging.getLogger("srlm")
+T = TypeVar("T")
+
+
+class Work(NamedTuple):
+    """One shard of one stage: the unit that is shown, retried and resumed."""
+
+    stage: str
+    name: str
+    run: Callable[[], Made]
+
+
+class Pending(Protocol):
+    """A result that will be there."""
+
+    def result(self) -> Made: ...
+
+
+class Executor(Protocol):
+    """Runs work that may overlap, and groups it into flows."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+    def submit(self, work: Work, after: Sequence[Pending] = ()) -> Pending:
+        """Start work once `after` is done. Submitted in an order in which nothing waits for what comes later."""
+        ...
+
+    def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
+        """Run a group of work under a name: bootstrap, iteration, evaluate."""
+        ...
+
+
+class PlainExecutor:
+    """Threads of this process. They wait for engines, so many of them cost nothing."""
+
+    def __init__(self, workers: int = 8) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="srlm")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, work: Work, after: Sequence[Pending] = ()) -> Pending:
+        # first in, first out: whatever a thread waits for was submitted earlier and holds a thread already
+        def run() -> Made:
+            for earlier in after:
+                earlier.result()
+            return attempt(work)
+
+        return self._pool.submit(run)
+
+    def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
+        return run()
+
+
+def attempt(work: Work) -> Made:
+    """Run work; once more if its engine died under it. The engine's second death is an error."""
+    try:
+        return work.run()
+    except EngineDied as error:
+        log.warning("%s: the engine died and is started again. %s", work.name, error)
+        return work.run()

@@ -1,0 +1,640 @@
+"""The loop, once: bootstrap, iterate, evaluate, report. Executors run its work, observers watch it, the files hold it.
+
+    M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
+"""
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from srlm_core import data, evaluation, judgments, prompts, responses, schemas, settings, store, training
+from srlm_core.backend import Backend, Model
+from srlm_core.config import DpoConfig, RunConfig, SftConfig
+from srlm_core.engines.on_demand import OnDemand, Usage
+from srlm_core.engines.protocol import Engine
+from srlm_core.engines.training_job import TrainingJob, TrainingResult
+from srlm_core.errors import NothingLeft
+from srlm_core.executor import Executor, Pending, Work
+from srlm_core.methods import METHODS
+from srlm_core.methods.record import Shard, Step
+from srlm_core.store import Campaign, Made, digest, materialize, part_path
+
+log = logging.getLogger("srlm")
+
+BASE, BASELINE = "M0", "sft_baseline"
+
+
+Observer = Callable[[str, dict[str, Any]], None]
+"""Told (what happened, details): part, training, model, iteration, evaluation, engine_start, phase, finished."""
+
+
+@dataclass
+class Run:
+    """One campaign being run."""
+
+    config: RunConfig
+    campaign: Campaign
+    executor: Executor
+    backend: Backend
+    observers: Sequence[Observer] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def tell(self, what: str, **details: Any) -> None:
+        """Tell the observers."""
+        for observer in self.observers:
+            observer(what, details)
+
+    @cached_property
+    def base(self) -> Model:
+        return self.backend.base()
+
+    @cached_property
+    def seed_data(self) -> "SeedData":
+        return load_seed(self.config)
+
+    def model(self, name: str) -> Model:
+        """Return a finished model of this campaign, or another one by path."""
+        if name == BASE:
+            return self.base
+        folder = self.campaign.model(name)
+        marker = store.read_json(folder / MARKER)
+        if marker is None:
+            return self.backend.frozen(name)
+        return Model(name, folder, marker["digest"])
+
+    def role(self, name: str, policy: Model) -> Model:
+        """Return the model that plays a role: the policy, the base, or another one by path."""
+        return {"policy": policy, "base": self.base}.get(name) or self.model(name)
+
+    @contextmanager
+    def engines(self) -> Iterator[Callable[[Model], OnDemand]]:
+        """Lend engines: one for each model, started when first asked, closed together."""
+        open_ones: dict[str, OnDemand] = {}
+        with ExitStack() as stack:
+
+            def lend(model: Model) -> OnDemand:
+                if model.name not in open_ones:
+                    engine = OnDemand(model.name, partial(self.backend.open, model), self._engine_started)
+                    open_ones[model.name] = stack.enter_context(engine)
+                return open_ones[model.name]
+
+            yield lend
+        self._count(open_ones.values())
+
+    def _engine_started(self, model: str, seconds: float) -> None:
+        self.add_time("engine starts", seconds)
+        with (self.campaign.logs / "engine_starts.txt").open("a") as file:
+            file.write(f"{model}\n")
+        self.tell("engine_start", model=model, seconds=seconds)
+
+    def _count(self, engines: Iterable[OnDemand]) -> None:
+        for engine in engines:
+            for stage, used in engine.usage.items():
+                total = Usage(**self.usage.get(stage, {}))
+                self.usage[stage] = {
+                    "requests": total.requests + used.requests,
+                    "tokens": total.tokens + used.tokens,
+                    "seconds": round(total.seconds + used.seconds, 2),
+                }
+        store.write_json(self.campaign.folder / "usage.json", self.usage)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; the sum over attempts goes into timings.json."""
+        started = time.monotonic()
+        self.tell("phase", name=name)
+        try:
+            yield
+        finally:
+            self.add_time(name, time.monotonic() - started)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
+        store.write_json(self.campaign.folder / "timings.json", self.timings)
+
+
+# --- the seed data --------------------------------------------------------------------------------------------------
+
+
+class SeedData(NamedTuple):
+    """What the campaign starts from, and what only measures."""
+
+    ift: list[dict[str, Any]]
+    eft: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    evaluation: list[dict[str, Any]]
+    attacks: list[dict[str, Any]]
+    own_prompts: list[str]
+    set_aside: dict[str, list[data.SetAside]]
+    identities: dict[str, str]
+
+    @property
+    def measuring(self) -> list[str]:
+        """Prompts that must never be trained on."""
+        rows = [*self.heldout, *self.evaluation, *self.attacks]
+        return [row["prompt"] for row in rows]
+
+
+def load_seed(config: RunConfig) -> SeedData:
+    """Read the seed data; malformed lines are set aside, a file without a good line raises DataError."""
+    seed, wanted = config.seed_data, config.evaluation
+    loaded = {
+        "ift": data.load_named(seed.ift, "instructions.jsonl", data.check_example),
+        "eft": data.load_named(seed.eft, "ranked.jsonl", data.check_judged_group),
+        "heldout": data.load_named(seed.heldout, "heldout.jsonl", data.check_group),
+        "evaluation": data.load_named(seed.evaluation, "evaluation.jsonl", data.check_prompt),
+        "attacks": data.load(data.SEED / "attacks.jsonl", data.check_prompt),
+    }
+    own: list[str] = []
+    if config.prompts.file:
+        loaded["prompts"] = data.load(Path(config.prompts.file).expanduser(), data.check_prompt)
+        own = list(dict.fromkeys(row["prompt"].strip() for row in loaded["prompts"].rows))
+    return SeedData(
+        ift=data.spread(loaded["ift"].rows, seed.ift_rows),
+        eft=data.spread(loaded["eft"].rows, seed.eft_groups),
+        heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
+        evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
+        attacks=loaded["attacks"].rows if wanted.attacks else [],
+        own_prompts=own,
+        set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
+        identities={name: file.identity for name, file in loaded.items()},
+    )
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def self_reward(run: Run) -> None:
+    """Run a campaign to its end, or go on with it: what is finished and unchanged is reused."""
+    executor, last = run.executor, run.config.iterations
+    executor.flow("bootstrap", "bootstrap", partial(bootstrap, run))
+    for t in range(1, last + 1):
+        executor.flow("iteration", f"iteration {t}", partial(iterate, run, t))
+    executor.flow("evaluate", "evaluate", partial(evaluate_rest, run))
+    run.tell("finished", timings=run.timings)
+
+
+def bootstrap(run: Run) -> None:
+    """Train sft_baseline on IFT, and M1 on IFT + EFT, both from M0 (section 2.3)."""
+    folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
+    for name, lines in seed.set_aside.items():
+        rows = [{"line": line.line, "reason": line.reason, "text": line.text} for line in lines]
+        store.write_json(folder / "set_aside" / f"{name}.json", rows)
+        run.tell("set_aside", file=name, count=len(rows), where=str(folder / "set_aside" / f"{name}.json"))
+    with run.phase("base model"):
+        base = run.base
+    ift = training.ift_examples(seed.ift)
+    eft = training.eft_examples(seed.eft, _asked_in_eft(config, seed.eft), config.seed_data.eft_form)
+    for name, rows in (("ift", ift), ("eft", eft)):
+        made_from = digest("seed", name, store.rows_digest(rows))
+        stamp = store.stamp_of(folder / f"{name}.parquet")
+        if stamp is None or stamp.fingerprint != made_from:
+            store.write_part(folder / f"{name}.parquet", rows, made_from)
+    _train(run, BASELINE, "sft", ift, config.training.sft, base, None, folder)
+    _train(run, "M1", "sft", pa.concat_tables([ift, eft]), config.training.sft, base, None, folder)
+
+
+def _asked_in_eft(config: RunConfig, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
+    """Render each judged response as the loop's judge will see it."""
+    rubric = judgments.load_rubric(config.judgments.rubric, justified=config.seed_data.eft_form == "justified")
+    return {
+        (group["prompt"], response["text"]): rubric.ask(prompt=group["prompt"], response=response["text"])
+        for group in groups
+        for response in group["responses"]
+    }
+
+
+def iterate(run: Run, t: int) -> None:
+    """Iteration t: M_t is evaluated, writes prompts, answers and judges; M_{t+1} is trained on what that made."""
+    policy = run.model(f"M{t}")
+    with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
+        measuring = _submit_evaluation(run, policy, lend)
+        made = _make_datasets(run, t, policy, lend)
+        _finish_evaluation(run, policy, measuring)
+    _require_rows(run, t, made)
+    pairs = _pairs_to_train_on(run, t, made)
+    reference = _anchor(run, run.config.training.dpo.reference, policy)
+    init = _anchor(run, run.config.training.dpo.init_from, policy)
+    folder = run.campaign.iteration(t)
+    _train(run, f"M{t + 1}", "dpo", training.preferences(pairs), run.config.training.dpo, init, reference, folder)
+    run.tell("iteration", t=t)
+
+
+def evaluate_rest(run: Run) -> None:
+    """Evaluate the last model and the two that no iteration opens, and let the frozen judge compare them all."""
+    config = run.config.evaluation
+    if config.models == "none":
+        return
+    last = run.model(f"M{run.config.iterations + 1}")
+    others = [last] + ([run.model(BASELINE)] if config.models == "all" else [])
+    for model in others:
+        with run.phase(f"evaluating {model.name}"), run.engines() as lend:
+            _finish_evaluation(run, model, _submit_evaluation(run, model, lend))
+    judge = run.role(config.judge, run.base)
+    with run.phase("evaluating M0, head to head"), run.engines() as lend:
+        if config.models == "all":
+            _finish_evaluation(run, run.base, _submit_evaluation(run, run.base, lend))
+        _head_to_head(run, judge, lend)
+
+
+# --- the stages of an iteration -------------------------------------------------------------------------------------
+
+
+def _make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDemand]) -> dict[str, list[Made]]:
+    """Send every shard through the method's steps. A shard is judged while the next ones are still being sampled."""
+    method, config = METHODS[run.config.method], run.config
+    roles = {
+        "policy": policy,
+        "generator": run.role(config.prompts.generator, policy),
+        "judge": run.role(config.judgments.judge, policy),
+    }
+    kept = _kept_before(run, t)
+    pending: dict[str, list[Pending]] = {step.makes: [] for step in method.steps}
+    slices = _slices(run, t)
+    for number, (wanted, own) in enumerate(slices):
+        shard = Shard(
+            config=config, iteration=t, number=number, wanted=wanted, own_prompts=own, policy=policy.name,
+            models={role: model.name for role, model in roles.items()}, engine=_NO_ENGINE, kept=kept,
+        )  # fmt: skip
+        for step in method.steps:
+            model = roles[step.role] if step.role else None
+            reads = {name: pending[name][number] for name in step.reads}
+            previous = pending[step.makes][-1:] if step.in_order else []
+            name = f"{step.makes} {t}.{number + 1}/{len(slices)}"
+            make = partial(_make_part, run, step, shard, model, lend, reads, previous)
+            pending[step.makes].append(run.executor.submit(Work(step.makes, name, make), [*reads.values(), *previous]))
+            if step.in_order:
+                _remember(kept, pending[step.makes][-1].result())
+    made = {name: [work.result() for work in works] for name, works in pending.items()}
+    for name in made:
+        store.forget_later_parts(run.campaign.iteration(t), name, len(slices))
+    return made
+
+
+_NO_ENGINE: Engine = None  # type: ignore[assignment]
+
+
+def _slices(run: Run, t: int) -> list[tuple[int, tuple[str, ...]]]:
+    """Cut an iteration into shards: (prompts wanted, the user's own among them). Own prompts are used once."""
+    config = run.config.prompts
+    n_own = round(config.target * config.file_share)
+    own = run.seed_data.own_prompts[(t - 1) * n_own : t * n_own]
+    if len(own) < n_own:
+        run.tell("note", text=f"iteration {t}: {n_own} prompts wanted from {config.file}, {len(own)} are left in it")
+    size = run.config.engine.shard_rows
+    starts = range(0, config.target, size)
+    cut = [(min(size, config.target - start), tuple(own[start : start + size])) for start in starts]
+    return cut
+
+
+def _kept_before(run: Run, t: int) -> prompts.Kept:
+    """Start the similarity filter with the seeds, what measures, and the prompts of earlier iterations."""
+    seed = run.seed_data
+    ift = [row["instruction"] for row in seed.ift]
+    kept = prompts.Kept.start(ift, seed.measuring, run.config.prompts.max_similarity)
+    for earlier in range(1, t):
+        for row in store.iter_rows(run.campaign.iteration(earlier) / "prompts"):
+            kept.add(schemas.prompt_text(row["messages"]), generated=row["source"] == "self_instruct")
+    return kept
+
+
+def _remember(kept: prompts.Kept, made: Made) -> None:
+    # learned from the file, so a reused shard and a fresh one leave the same filter behind
+    for row in store.read_part(made.path).to_pylist():
+        kept.add(schemas.prompt_text(row["messages"]), generated=row["source"] == "self_instruct")
+
+
+def _make_part(
+    run: Run,
+    step: Step,
+    shard: Shard,
+    model: Model | None,
+    lend: Callable[[Model], OnDemand],
+    reads: Mapping[str, Pending],
+    previous: Sequence[Pending],
+) -> Made:
+    """Make one shard of one dataset, or find it made."""
+    folder = run.campaign.iteration(shard.iteration)
+    path, drops = part_path(folder / step.makes, shard.number), store.drops_path(folder, step.makes, shard.number)
+    inputs = {name: work.result() for name, work in reads.items()}
+    made_from = digest(
+        {
+            "step": step.makes, "version": step.version, "settings": settings.pick(run.config, step.settings),
+            "texts": step.texts(run.config), "seed": run.config.seed, "iteration": shard.iteration, "shard": shard.number,
+            "engine": settings.pick(run.config, settings.ENGINE) if model else None,
+            "model": [model.name, model.digest] if model else None,
+            "slice": [shard.wanted, *shard.own_prompts] if step.in_order else None,
+            "seed_data": run.seed_data.identities if step.in_order else None,
+            "inputs": [made.identity for made in inputs.values()],
+            "previous": [work.result().identity for work in previous],
+        },
+        length=32,
+    )  # fmt: skip
+
+    def make(present: pa.Table | None) -> tuple[pa.Table, pa.Table]:
+        tables = {name: store.read_part(made.path) for name, made in inputs.items()}
+        for name in inputs:
+            tables[f"drops:{name}"] = store.read_part(store.drops_path(folder, name, shard.number))
+        engine = lend(model).stage(step.makes) if model else _NO_ENGINE
+        filled = Shard(**{**vars(shard), "engine": engine, "kept": shard.kept.copy(), "inputs": tables, "present": present})
+        return step.run(filled)
+
+    made = materialize(path, made_from, make, drops=drops, passes=step.passes(run.config))
+    run.tell("part", stage=step.makes, iteration=shard.iteration, shard=shard.number, path=path, reused=made.reused)
+    return made
+
+
+def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
+    """Stop where an iteration has nothing to train on, saying what was seen and what to change."""
+    counts = {name: sum(store.read_part(part.path).num_rows for part in parts) for name, parts in made.items()}
+    if counts[METHODS[run.config.method].trains_on]:
+        return
+    seen: Counter[str] = Counter()
+    for path in store.parts(run.campaign.iteration(t) / "drops"):
+        seen.update(f"{row['stage']}: {row['reason']}" for row in store.read_part(path).to_pylist())
+    for row in store.iter_rows(run.campaign.iteration(t) / "judgments"):
+        seen.update([f"unreadable judgment: {row['unreadable_reason']}"] if row["verdict"] is None else [])
+    rows = ", ".join(f"{name} {count}" for name, count in counts.items())
+    why = ", ".join(f"{reason} ({count})" for reason, count in seen.most_common(6)) or "nothing was dropped"
+    raise NothingLeft(
+        f"iteration {t}: expected pairs to train M{t + 1} on, got none ({rows}). What was seen: {why}. {_remedy(counts, seen)} "
+        f"Everything is kept in {run.campaign.iteration(t)}; run again with the change and --redo."
+    )
+
+
+def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
+    if not counts["prompts"]:
+        return "No prompt survived: raise prompts.max_attempts, set prompts.form=completion, or give prompts.file."
+    unreadable = sum(count for reason, count in seen.items() if reason.startswith("unreadable"))
+    if counts["judgments"] and unreadable == counts["judgments"]:
+        return "No judgment could be read: set judgments.reading=guided or expected, or raise judgments.sampling.max_tokens."
+    if not counts["judgments"]:
+        return "No response could be judged: raise engine.context or responses.sampling.max_tokens."
+    return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
+
+
+def _pairs_to_train_on(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> pa.Table:
+    dataset = METHODS[run.config.method].trains_on
+    parts = [part.path for part in made[dataset]]
+    if run.config.training.dpo.data == "cumulative":
+        earlier = [path for s in range(1, t) for path in store.parts(run.campaign.iteration(s) / dataset)]
+        parts = earlier + parts
+    return store.read_rows(parts, schemas.PAIRS)
+
+
+def _anchor(run: Run, which: str, policy: Model) -> Model:
+    """Return the model that `init_from` or `reference` names: M_t, M1 or M0."""
+    return {"previous": policy, "base": run.base}.get(which) or run.model("M1")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+MARKER = "complete.json"
+"""Written last into a model's folder: where it is, the model is whole."""
+
+
+def _train(
+    run: Run,
+    name: str,
+    kind: str,
+    rows: pa.Table,
+    config: SftConfig | DpoConfig,
+    init: Model,
+    reference: Model | None,
+    folder: Path,
+) -> Model:
+    """Train one model, go on from its last checkpoint, or find it made."""
+    output = run.campaign.model(name)
+    made_from = digest(
+        {
+            "version": training.VERSION, "kind": kind, "rows": store.rows_digest(rows), "seed": run.config.seed,
+            "settings": settings.pick(run.config, (f"training.{kind}",)),
+            "init": init.digest, "reference": reference.digest if reference else None,
+        },
+        length=32,
+    )  # fmt: skip
+    marker = store.read_json(output / MARKER)
+    if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
+        return Model(name, output, marker["digest"])
+    with run.phase(f"training {name}"):
+        result = _train_again(run, name, kind, rows, config, init, reference, folder, made_from)
+    trained = Model(name, output, run.backend.digest(output))
+    store.write_json(
+        output / MARKER,
+        {
+            "fingerprint": made_from, "digest": trained.digest, "kind": kind, "rows": result.n_rows,
+            "init_from": [init.name, init.digest], "reference": [reference.name, reference.digest] if reference else None,
+            "steps": result.steps, "seconds": round(result.seconds, 1),
+        },
+    )  # fmt: skip
+    shutil.rmtree(_work_dir(folder, name) / "checkpoints", ignore_errors=True)
+    run.tell("model", model=trained, result=result, kind=kind)
+    return trained
+
+
+def _train_again(
+    run: Run, name: str, kind: str, rows: pa.Table, config: SftConfig | DpoConfig, init: Model, reference: Model | None,
+    folder: Path, made_from: str,
+) -> TrainingResult:  # fmt: skip
+    work_dir = _work_dir(folder, name)
+    stamp = store.stamp_of(work_dir / "rows.parquet")
+    if stamp is None or stamp.fingerprint != made_from:
+        shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
+    asked = [schemas.prompt_text(messages) for messages in rows["prompt"].to_pylist()]
+    kept, held = training.hold_out(rows, config.heldout_share, asked)
+    store.write_part(work_dir / "rows.parquet", kept, made_from)
+    if held.num_rows:
+        store.write_part(work_dir / "heldout.parquet", held, made_from)
+    job = TrainingJob(
+        kind=kind,  # type: ignore[arg-type]
+        rows=work_dir / "rows.parquet",
+        heldout=work_dir / "heldout.parquet" if held.num_rows else None,
+        init_from=init.path,
+        reference=reference.path if reference else None,
+        output=run.campaign.model(name),
+        work_dir=work_dir,
+        settings=config,
+        seed=run.config.seed,
+        trust_remote_code=run.config.model.trust_remote_code,
+        threads=run.config.engine.threads,
+    )
+    shutil.rmtree(job.output, ignore_errors=True)
+    attempts = len(list(run.campaign.logs.glob(f"training_{name}_*.log")))
+    progress = partial(run.tell, "training", model=name)
+    result = run.backend.train(
+        job, log=run.campaign.logs / f"training_{name}_{attempts + 1}.log", on_progress=lambda event: progress(progress=event)
+    )
+    _keep_training_log(result, work_dir, folder, name, made_from)
+    return result
+
+
+def _work_dir(folder: Path, name: str) -> Path:
+    return folder / "training" / name if folder.name == "bootstrap" else folder / "training"
+
+
+def _keep_training_log(result: TrainingResult, work_dir: Path, folder: Path, name: str, made_from: str) -> None:
+    """Keep the curve as a table, and the rows that were too long among the drops."""
+    columns = sorted({key for row in result.log for key in row})
+    curve = pa.table({key: pa.array([row.get(key) for row in result.log]) for key in columns})
+    store.write_part(work_dir / "log.parquet", curve, made_from)
+    drops = [
+        {"id": row_id, "stage": "training", "reason": reason, "iteration": 0, "detail": f"{name}: {n_tokens} tokens"}
+        for row_id, reason, n_tokens in result.dropped
+    ]
+    store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Lay out evaluation prompts; rows PROMPTS of iteration 0."""
+    return schemas.table(
+        (
+            {
+                "prompt_id": digest("evaluation", row["prompt"]),
+                "iteration": 0,
+                "messages": [{"role": "user", "content": row["prompt"]}],
+                "source": "evaluation",
+                "generator": "",
+            }
+            for row in rows
+        ),
+        schemas.PROMPTS,
+    )
+
+
+def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]) -> dict[str, Pending]:
+    """Start the measurements of one model, so that they share the engine's batch with whatever else it does."""
+    if run.config.evaluation.models == "none":
+        return {}
+    seed, config = run.seed_data, run.config
+    asked = evaluation_prompts(seed.evaluation)
+    as_text = config.judgments.model_copy(update={"reading": "text", "justified": True, "k": 1})
+    tasks = evaluation.group_tasks(seed.heldout)
+    few = tasks[: config.evaluation.text_judgments]
+
+    def answer(engine: Engine) -> tuple[pa.Table, pa.Table]:
+        return responses.respond(
+            asked, engine, config.evaluation.sampling, n=1, iteration=0, model=model.name, seed=config.seed
+        )
+
+    def judged(work: Sequence[judgments.Task], how: Any) -> Callable[[Engine], tuple[pa.Table, pa.Table]]:
+        return lambda engine: judgments.judge(work, engine, how, iteration=0, judge_name=model.name, seed=config.seed)
+
+    pieces: dict[str, tuple[Callable[[Engine], tuple[pa.Table, pa.Table]], Any]] = {
+        "responses": (answer, ["responses", responses.VERSION, store.rows_digest(asked), settings.pick(config, ("evaluation.sampling",))]),
+        "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
+        "text": (judged(few, as_text), [_judging(config, few), "text"]),
+    }  # fmt: skip
+    if seed.attacks:
+        attacks = evaluation.attack_tasks(seed.attacks)
+        pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
+    folder = run.campaign.folder / "evaluation" / model.name
+    return {
+        name: run.executor.submit(
+            Work("evaluation", f"{name} of {model.name}", partial(_measure, run, folder, name, model, lend, make, what))
+        )
+        for name, (make, what) in pieces.items()
+    }
+
+
+def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
+    """What the judgments of these tasks are made from."""
+    step = next(step for step in METHODS["self_rewarding"].steps if step.makes == "judgments")
+    k = config.judgments.k
+    return [k, judgments.VERSION, settings.pick(config, step.settings), step.texts(config), [list(task) for task in tasks]]
+
+
+def _measure(
+    run: Run,
+    folder: Path,
+    name: str,
+    model: Model,
+    lend: Callable[[Model], OnDemand],
+    make: Callable[[Engine], tuple[pa.Table, pa.Table]],
+    what: Any,
+) -> Made:
+    """Make one table of an evaluation, or find it made."""
+    engine = settings.pick(run.config, settings.ENGINE)
+    made_from = digest("evaluation", evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32)
+    made = materialize(
+        part_path(folder / name, 0),
+        made_from,
+        lambda present: make(lend(model).stage("evaluation")),
+        drops=store.drops_path(folder, name, 0),
+    )
+    run.tell("part", stage="evaluation", iteration=0, shard=0, path=made.path, reused=made.reused)
+    return made
+
+
+def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending]) -> None:
+    """Turn a model's evaluation tables into its results.json."""
+    if not pending:
+        return
+    tables = {name: store.read_part(work.result().path) for name, work in pending.items()}
+    config, seed = run.config, run.seed_data
+
+    def mean_scores(name: str) -> dict[str, float]:
+        judged = judgments.scores(tables[name], k=config.judgments.k, required=config.judgments.required)
+        return {target: score.mean for target, score in judged.items()}
+
+    groups = evaluation.ranked(seed.heldout, mean_scores("heldout"))
+    lengths = {task.target_id: len(task.response) for task in evaluation.group_tasks(seed.heldout)}
+    results: dict[str, Any] = {
+        "model": model.name,
+        "digest": model.digest,
+        "judge": evaluation.measure_judge(groups, samples=config.evaluation.bootstrap_samples, seed=config.seed),
+        "judge_health": evaluation.judge_health(tables["heldout"], lengths),
+        "text_reading": evaluation.judge_health(tables["text"]),
+        "responses": evaluation.lengths_of(tables["responses"]),
+    }
+    if "attacks" in tables:
+        results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
+    store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
+    run.tell("evaluation", model=model.name, results=results)
+
+
+def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
+    """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
+    folder = run.campaign.folder / "evaluation"
+    asked = evaluation_prompts(run.seed_data.evaluation)
+    answers = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
+    pending: dict[str, tuple[Pending, dict[str, int]]] = {}
+    for newer, older in head_to_heads(run.config, set(answers)):
+        a, b = store.read_part(answers[newer]), store.read_part(answers[older])
+        played = evaluation.matches(asked, a, b)
+        name = f"{newer}_vs_{older}"
+        compare = partial(evaluation.compare, played, judge_name=judge.name)
+        what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
+        work = partial(_measure, run, folder / "head_to_head", name, judge, lend, compare, what)
+        lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
+        pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
+    results = {
+        name: evaluation.tally(store.read_part(work.result().path), lengths) for name, (work, lengths) in pending.items()
+    }
+    if results:
+        store.write_json(folder / "head_to_head" / "results.json", {"judge": judge.name, "comparisons": results})
+        run.tell("evaluation", model="head_to_head", results=results)
+
+
+def head_to_heads(config: RunConfig, answered: set[str]) -> list[tuple[str, str]]:
+    """List the comparisons (newer, older) that the settings ask for, each once, among models that answered."""
+    policies = [f"M{t}" for t in range(1, config.iterations + 2)]
+    wanted: list[tuple[str, str]] = []
+    for opponent in config.evaluation.head_to_head:
+        if opponent == "chain":
+            wanted += zip(policies[1:], policies, strict=False)
+        else:
+            wanted += [(policy, opponent) for policy in policies if policy != opponent]
+    return [pair for pair in dict.fromkeys(wanted) if answered.issuperset(pair)]

@@ -1,0 +1,114 @@
+"""Self-Rewarding Language Models (arXiv:2401.10020).
+
+The model writes new prompts, answers each N times, judges its own answers K times under an additive rubric, and is
+trained by DPO on best against worst; the better model does it again, as writer, as answerer and as judge.
+"""
+
+import pyarrow as pa
+
+from srlm_core import judgments, pairs, prompts, responses, schemas
+from srlm_core.config import RunConfig
+from srlm_core.methods.record import Method, Shard, Step
+
+
+def write_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Take the user's own prompts, then have the generator write the rest."""
+    config = shard.config.prompts
+    own, own_drops = prompts.take(
+        shard.own_prompts, shard.kept, iteration=shard.iteration, source=f"dataset:{config.file}", wanted=shard.wanted
+    )
+    written, drops = prompts.write(
+        shard.engine,
+        shard.kept,
+        config,
+        wanted=shard.wanted - len(shard.own_prompts),
+        iteration=shard.iteration,
+        shard=shard.number,
+        generator=shard.models["generator"],
+        seed=shard.config.seed,
+    )
+    return pa.concat_tables([own, written]), pa.concat_tables([own_drops, drops])
+
+
+def respond(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Sample N responses to each prompt of the shard from the policy."""
+    config = shard.config.responses
+    return responses.respond(
+        shard.inputs["prompts"],
+        shard.engine,
+        config.sampling,
+        n=config.n,
+        iteration=shard.iteration,
+        model=shard.policy,
+        seed=shard.config.seed,
+    )
+
+
+def judge(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Judge each response K times; passes that exist already are kept and only the missing ones are made."""
+    present = shard.present if shard.present is not None else schemas.JUDGMENTS.empty_table()
+    first = 1 + max(present["index"].to_pylist(), default=-1)
+    work = judgments.tasks(
+        shard.inputs["prompts"], responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
+    )
+    made, drops = judgments.judge(
+        work,
+        shard.engine,
+        shard.config.judgments,
+        iteration=shard.iteration,
+        judge_name=shard.models["judge"],
+        seed=shard.config.seed,
+        first=first,
+    )
+    order = {task.target_id: place for place, task in enumerate(work)}
+    rows = sorted(
+        present.to_pylist() + made.to_pylist(), key=lambda row: (order[row["target_id"]], row["index"])
+    )
+    return schemas.table(rows, schemas.JUDGMENTS), drops
+
+
+def rubrics(config: RunConfig) -> list[str]:
+    """Identify the judge's template."""
+    return [judgments.load_rubric(config.judgments.rubric, justified=config.judgments.justified).identity]
+
+
+def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Average the verdicts and pair best with worst."""
+    config = shard.config
+    scores = judgments.scores(shard.inputs["judgments"], k=config.judgments.k, required=config.judgments.required)
+    return pairs.best_and_worst(
+        shard.inputs["prompts"],
+        shard.inputs["responses"],
+        {response_id: score.mean for response_id, score in scores.items()},
+        config.pairs,
+        iteration=shard.iteration,
+    )
+
+
+METHOD = Method(
+    name="self_rewarding",
+    title="Self-Rewarding Language Models",
+    source="arXiv:2401.10020",
+    steps=(
+        Step("prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True),
+        Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond),
+        Step(
+            "judgments",
+            ("prompts", "responses"),
+            "judge",
+            judgments.VERSION,
+            ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.sampling"),
+            judge,
+            texts=rubrics,
+            passes=lambda config: config.judgments.k,
+        ),
+        Step(
+            "pairs",
+            ("prompts", "responses", "judgments"),
+            None,
+            pairs.VERSION,
+            ("pairs", "judgments.k", "judgments.min_valid"),
+            pair,
+        ),
+    ),
+)

@@ -1,0 +1,105 @@
+"""pairs: the best-scored response of a prompt against its worst (arXiv:2401.10020 section 2.2, step 2).
+
+No response without a score is ever in a pair, a tie makes none, a cut response is never chosen; whatever is left out
+is named in the drops with its reason.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from srlm_core import schemas
+from srlm_core.config import PairsConfig
+from srlm_core.store import digest
+
+VERSION = 1
+
+_EPSILON = 1e-9
+"""Means of equal verdicts may differ in the last bit; that is a tie."""
+
+
+def repetition(text: str) -> float:
+    """Return the share of word 4-grams that repeat an earlier one: 0 for ordinary text, near 1 for a loop."""
+    words = text.split()
+    grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    total = sum(grams.values())
+    return 1 - len(grams) / total if total else 0.0
+
+
+def may_be_chosen(response: Mapping[str, Any], config: PairsConfig) -> bool:
+    """Whether it ended by itself and does not run in a loop."""
+    return response["finish_reason"] == "stop" and repetition(response["response"]) <= config.max_repetition
+
+
+def may_be_rejected(response: Mapping[str, Any], config: PairsConfig) -> bool:
+    """Whether it ended by itself, or a setting lets cut ones be rejected."""
+    return response["finish_reason"] == "stop" or config.truncated_rejected
+
+
+def best_and_worst(
+    prompts: pa.Table, responses: pa.Table, scores: Mapping[str, float], config: PairsConfig, *, iteration: int
+) -> tuple[pa.Table, pa.Table]:
+    """Pair each prompt's highest with its lowest score; rows PAIRS, in prompt order, and DROPS.
+
+    Equal highest (or lowest) scores: the response with the lower index, so row order does not matter.
+    """
+    candidates: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for response in responses.to_pylist():
+        candidates[response["prompt_id"]].append(response)
+    rows: list[dict[str, object]] = []
+    drops: list[dict[str, object]] = []
+    for prompt in prompts.to_pylist():
+        chosen_rejected, reason = _select(candidates[prompt["prompt_id"]], scores, config)
+        if chosen_rejected is None:
+            row = {"id": prompt["prompt_id"], "stage": "pairs", "reason": reason, "iteration": iteration, "detail": None}
+            drops.append(row)
+        else:
+            rows.append(_row(prompt, *chosen_rejected, scores, iteration))
+    return schemas.table(rows, schemas.PAIRS), schemas.table(drops, schemas.DROPS)
+
+
+def _select(
+    responses: Sequence[dict[str, Any]], scores: Mapping[str, float], config: PairsConfig
+) -> tuple[tuple[dict[str, Any], dict[str, Any]] | None, str]:
+    """Return (chosen, rejected) and an empty reason, or null and why there is no pair."""
+    scored = sorted((r for r in responses if r["response_id"] in scores), key=lambda response: response["index"])
+    if len(scored) < 2:
+        return None, "fewer_than_two_scored"
+    best = [r for r in scored if may_be_chosen(r, config)]
+    worst = [r for r in scored if may_be_rejected(r, config)]
+    if not best or not worst:
+        return None, "none_may_be_chosen" if not best else "none_may_be_rejected"
+    chosen = max(best, key=lambda response: scores[response["response_id"]])
+    rejected = min(worst, key=lambda response: scores[response["response_id"]])
+    margin = scores[chosen["response_id"]] - scores[rejected["response_id"]]
+    if margin <= _EPSILON:
+        return None, "tie"
+    if margin < config.min_margin - _EPSILON:
+        return None, "margin_too_small"
+    return (chosen, rejected), ""
+
+
+def _row(
+    prompt: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    rejected: Mapping[str, Any],
+    scores: Mapping[str, float],
+    iteration: int,
+) -> dict[str, object]:
+    return {
+        "pair_id": digest(chosen["response_id"], rejected["response_id"], iteration, "response"),
+        "prompt_id": prompt["prompt_id"],
+        "iteration": iteration,
+        "kind": "response",
+        "messages": prompt["messages"],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "chosen_id": chosen["response_id"],
+        "rejected_id": rejected["response_id"],
+        "chosen_score": scores[chosen["response_id"]],
+        "rejected_score": scores[rejected["response_id"]],
+        "label": 1.0,
+        "weight": 1.0,
+    }

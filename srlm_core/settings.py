@@ -1,0 +1,78 @@
+"""Which settings change what: every setting belongs to a stage's fingerprint or is declared neutral, by test."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from srlm_core.config import RunConfig
+
+ENGINE = (
+    "engine.kind", "engine.dtype", "engine.context", "engine.base_url",
+    "model.revision", "model.trust_remote_code",
+)  # fmt: skip
+"""Settings of a running model that change what it says; its weights come in by digest."""
+
+SHARDS = ("engine.shard_rows",)
+
+NEUTRAL = (
+    "recipe", "size", "iterations", "engine.max_sequences", "engine.replicas", "engine.tensor_parallel",
+    "engine.gpu_memory", "engine.kv_cache_gib", "engine.threads", "engine.compiled", "engine.api_key_env",
+    "engine.max_in_flight", "engine.shards_in_flight", "tracking",
+    "training.sft.micro_batch_size", "training.sft.checkpoint_every_s", "training.sft.gradient_checkpointing",
+    "training.dpo.micro_batch_size", "training.dpo.checkpoint_every_s", "training.dpo.gradient_checkpointing",
+)  # fmt: skip
+"""Settings that change how fast, where, or how it is shown; never a row."""
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "base model": ("model.path", "method", "seed", *ENGINE),
+    "bootstrap": ("seed_data.ift", "seed_data.eft", "seed_data.ift_rows", "seed_data.eft_groups", "seed_data.eft_form", "training.sft"),
+    "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
+    "responses": ("responses",),
+    "judgments": ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.judge", "judgments.sampling", "judgments.k"),
+    "pairs": ("pairs", "judgments.min_valid"),
+    "training": ("training.dpo",),
+    "evaluation": ("evaluation",),
+}  # fmt: skip
+"""Every other setting, under the first stage that it changes; the stages after it follow (evaluation changes nothing else)."""
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Spell every setting as dotted name to value."""
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def covers(prefix: str, name: str) -> bool:
+    """Whether a dotted prefix names a setting or its subtree."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def pick(config: RunConfig, prefixes: Sequence[str]) -> dict[str, Any]:
+    """Return the settings under the prefixes, without the neutral ones."""
+    return {
+        name: value
+        for name, value in flat(config).items()
+        if any(covers(prefix, name) for prefix in prefixes) and not any(covers(prefix, name) for prefix in NEUTRAL)
+    }
+
+
+def stage_of(name: str) -> str | None:
+    """Return the first stage that a setting changes; None for a neutral one."""
+    if any(covers(prefix, name) for prefix in NEUTRAL):
+        return None
+    return next(stage for stage, prefixes in STAGES.items() if any(covers(prefix, name) for prefix in prefixes))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, neutral ones left out, as name to (old, new)."""
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and (name not in old or name not in new or stage_of(name) is not None)
+    }

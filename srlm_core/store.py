@@ -1,0 +1,265 @@
+"""The campaign folder: the files are the truth.
+
+A part is written aside and renamed into place; its footer holds the fingerprint of what made it and a digest of
+its rows. Present and matching is reused; damaged, missing or different is made again. So resume is the same command.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from srlm_core.errors import StoreError
+
+_FINGERPRINT, _DIGEST, _EXTRA = b"srlm.fingerprint", b"srlm.digest", b"srlm.extra"
+
+
+def canonical(value: Any) -> bytes:
+    """Return one spelling of a JSON value: sorted keys, no blanks, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(*values: Any, length: int = 16) -> str:
+    """Hash JSON values; stable across machines and processes, unlike the built-in hash of text."""
+    return hashlib.sha256(canonical(list(values))).hexdigest()[:length]
+
+
+def seed_for(*where: Any) -> int:
+    """Derive a seed in [0, 2**31) from where a random choice is made, so a shard can be redone alone.
+
+    The low 8 bits are zero: a request for n samples draws from the streams seed .. seed + n - 1.
+    """
+    return int.from_bytes(hashlib.sha256(canonical(list(where))).digest()[:4], "big") >> 1 & ~0xFF
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file in the same folder, flush it to the disk, and rename it into place.
+
+    Raises StoreError on a full disk; what was there before is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"expected room for {path}, got a full disk ({error.strerror}). Everything finished is kept: "
+                f"free some space on the disk of {path.parent} and run the same command again."
+            ) from error
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable by people."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False, default=str)
+    write_atomically(path, lambda aside: _write_text(aside, text + "\n"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda aside: _write_text(aside, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class Stamp(NamedTuple):
+    """What a part says of itself."""
+
+    fingerprint: str
+    digest: str
+    extra: dict[str, Any]
+
+
+def rows_digest(rows: pa.Table) -> str:
+    """Hash the content of a table row by row: not its encoding, which differs before and after a file."""
+    sink = hashlib.sha256(canonical(rows.schema.names))
+    for batch in rows.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            sink.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+    return sink.hexdigest()[:16]
+
+
+def write_part(path: Path, rows: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> Stamp:
+    """Write one part with page checksums, its fingerprint, digest and `extra` in the footer."""
+    stamp = Stamp(fingerprint, rows_digest(rows.replace_schema_metadata(None)), dict(extra or {}))
+    meta = {_FINGERPRINT: stamp.fingerprint, _DIGEST: stamp.digest, _EXTRA: json.dumps(stamp.extra, sort_keys=True)}
+    rows = rows.replace_schema_metadata(meta)
+    write_atomically(path, lambda aside: pq.write_table(rows, aside, compression="zstd", write_page_checksum=True))
+    return stamp
+
+
+def read_part(path: Path) -> pa.Table:
+    """Read one part, its page checksums verified. Raises OSError if it is cut short or a data page is damaged."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read().replace_schema_metadata(None)
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Return what an intact part says of itself; None where it is absent or damaged.
+
+    Page checksums do not cover headers and footer, so the rows are held against the digest as well.
+    """
+    try:
+        meta = pq.read_schema(path).metadata
+        stamp = Stamp(meta[_FINGERPRINT].decode(), meta[_DIGEST].decode(), json.loads(meta[_EXTRA]))
+        return stamp if stamp.digest == rows_digest(read_part(path)) else None
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_rows(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
+    """Read several parts into one table; an empty table for none."""
+    return pa.concat_tables([read_part(path) for path in paths] or [schema.empty_table()])
+
+
+def parts(folder: Path) -> list[Path]:
+    """List a dataset's parts in shard order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def iter_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Stream a dataset's rows as dicts, one part in memory at a time."""
+    for path in parts(folder):
+        yield from read_part(path).to_pylist()
+
+
+class Made(NamedTuple):
+    """A part that exists: where, and what it says of itself."""
+
+    path: Path
+    stamp: Stamp
+    reused: bool
+
+    @property
+    def identity(self) -> list[str]:
+        """What a later part's fingerprint holds of this one."""
+        return [self.stamp.fingerprint, self.stamp.digest]
+
+
+def materialize(
+    path: Path,
+    fingerprint: str,
+    make: Callable[[pa.Table | None], tuple[pa.Table, pa.Table]],
+    *,
+    drops: Path,
+    passes: int = 1,
+) -> Made:
+    """Return the part at `path` if it is intact and was made from the same things; else make it.
+
+    `make` returns (rows, drops). It is handed the present rows where they are good but hold fewer than `passes`
+    judgment passes, else null. The drops are written first, so that the part's existence means both are there.
+    """
+    stamp, dropped = stamp_of(path), stamp_of(drops)
+    good = stamp is not None and dropped is not None and stamp.fingerprint == fingerprint == dropped.fingerprint
+    if good and stamp.extra["passes"] >= passes:
+        return Made(path, stamp, True)
+    rows, left_out = make(read_part(path) if good else None)
+    write_part(drops, left_out, fingerprint)
+    return Made(path, write_part(path, rows, fingerprint, {"passes": passes}), False)
+
+
+class Campaign:
+    """One campaign's folder: runs/<name>/."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root, self.name = root, name
+        self.folder = root / name
+        self._lock = FileLock(self.folder / ".lock")
+
+    def __enter__(self) -> "Campaign":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"expected a writable folder at {self.folder}, got: {error}. Choose another with --root.") from error
+        try:
+            # a lock of the operating system: it is gone with its process, however that ends
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreError(
+                f"expected campaign {self.name!r} to be free, but another process works on it ({self.folder}). "
+                "Wait for it, stop it, or start a campaign of another name with --name."
+            ) from error
+        for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def iteration(self, t: int) -> Path:
+        """Folder of iteration t: made with M_t, trains M_{t+1}."""
+        return self.folder / f"iter_{t:02d}"
+
+    def model(self, name: str) -> Path:
+        """Folder of a trained model: sft_baseline, M1, M2, …"""
+        return self.folder / "models" / name
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+def part_path(folder: Path, shard: int) -> Path:
+    """Path of one shard of a dataset."""
+    return folder / f"part-{shard:05d}.parquet"
+
+
+def drops_path(folder: Path, dataset: str, shard: int) -> Path:
+    """Path of what was left out while one shard of a dataset was made."""
+    return folder / "drops" / f"part-{dataset}-{shard:05d}.parquet"
+
+
+def forget_later_parts(folder: Path, dataset: str, shards: int) -> None:
+    """Delete the parts of shards that no longer exist, so that a folder holds one dataset and nothing else."""
+    for path in [*parts(folder / dataset), *(folder / "drops").glob(f"part-{dataset}-*.parquet")]:
+        if int(path.stem.rpartition("-")[2]) >= shards:
+            path.unlink()
+
+
+def clone(source: Path, target: Path) -> None:
+    """Copy a campaign folder for a fork; finished parts and weights share their contents by hard links.
+
+    Safe because those are never written in place, only renamed over. Everything else is copied.
+    """
+
+    def link(src: str, dst: str) -> None:
+        try:
+            if Path(src).suffix not in (".parquet", ".safetensors"):
+                raise OSError
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints"))

@@ -1,0 +1,84 @@
+"""training: M1 by supervised fine-tuning on IFT + EFT, M_{t+1} by DPO on the pairs of iteration t (section 2.3).
+
+This module lays out the rows; the trainer behind the engine seam does the steps.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from srlm_core import schemas
+from srlm_core.engines.protocol import Message
+from srlm_core.store import digest
+
+VERSION = 1
+
+
+def _turn(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def ift_examples(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Lay out instruction-response rows for supervised fine-tuning; rows EXAMPLES."""
+    return schemas.table(
+        (
+            {
+                "id": digest("ift", row["instruction"], row["response"]),
+                "kind": "ift",
+                "prompt": [_turn("user", row["instruction"])],
+                "completion": [_turn("assistant", row["response"])],
+            }
+            for row in rows
+        ),
+        schemas.EXAMPLES,
+    )
+
+
+def eft_examples(
+    groups: Iterable[Mapping[str, Any]], asked: Mapping[tuple[str, str], Sequence[Message]], form: Literal["justified", "score"]
+) -> pa.Table:
+    """Lay out judged groups as judge prompts with their written judgments; rows EXAMPLES.
+
+    `asked` maps (prompt, response text) to the judge's messages: the same rendering that the loop judges with.
+    The form `score` teaches the score line alone, the reading of a judge that does not justify.
+    """
+
+    def target(response: Mapping[str, Any]) -> str:
+        return response["judgment"] if form == "justified" else f"Score: {response['score']}"
+
+    return schemas.table(
+        (
+            {
+                "id": digest("eft", group["prompt"], response["text"]),
+                "kind": "eft",
+                "prompt": list(asked[group["prompt"], response["text"]]),
+                "completion": [_turn("assistant", target(response))],
+            }
+            for group in groups
+            for response in group["responses"]
+        ),
+        schemas.EXAMPLES,
+    )
+
+
+def preferences(pairs: pa.Table) -> pa.Table:
+    """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES."""
+    return schemas.table(
+        (
+            {
+                "id": row["pair_id"],
+                "prompt": row["messages"],
+                "chosen": [_turn("assistant", row["chosen"])],
+                "rejected": [_turn("assistant", row["rejected"])],
+            }
+            for row in pairs.to_pylist()
+        ),
+        schemas.PREFERENCES,
+    )
+
+
+def hold_out(rows: pa.Table, share: float, key: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+    """Split rows into (training, held out) by the hash of a key such as the prompt, so that no prompt is on both sides."""
+    held = [int(digest("held out", value), 16) / 16**16 < share for value in key]
+    return rows.filter(pa.array([not h for h in held])), rows.filter(pa.array(held))
