@@ -3,27 +3,27 @@
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from srlm_core.errors import EngineDied
-from srlm_core.store import Made
 
 log = logging.getLogger("srlm")
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Work(NamedTuple):
-    """One shard of one stage: the unit that is shown, retried and resumed."""
+class Work(NamedTuple, Generic[T]):
+    """One shard of one stage, or the training of one model: the unit that is shown, retried and resumed."""
 
     stage: str
     name: str
-    run: Callable[[], Made]
+    run: Callable[[], T]
 
 
-class Pending(Protocol):
+class Pending(Protocol[T_co]):
     """A result that will be there."""
 
-    def result(self) -> Made: ...
+    def result(self) -> T_co: ...
 
 
 class Executor(Protocol):
@@ -32,8 +32,12 @@ class Executor(Protocol):
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
 
-    def submit(self, work: Work, after: Sequence[Pending] = ()) -> Pending:
+    def submit(self, work: Work[T], after: Sequence[Pending[Any]] = ()) -> Pending[T]:
         """Start work once `after` is done. Submitted in an order in which nothing waits for what comes later."""
+        ...
+
+    def run(self, work: Work[T]) -> T:
+        """Do work in this thread, so that Ctrl-C reaches it: a training has nothing to overlap with."""
         ...
 
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
@@ -53,20 +57,23 @@ class PlainExecutor:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, work: Work, after: Sequence[Pending] = ()) -> Pending:
+    def submit(self, work: Work[T], after: Sequence[Pending[Any]] = ()) -> Pending[T]:
         # first in, first out: whatever a thread waits for was submitted earlier and holds a thread already
-        def run() -> Made:
+        def run() -> T:
             for earlier in after:
                 earlier.result()
             return attempt(work)
 
         return self._pool.submit(run)
 
+    def run(self, work: Work[T]) -> T:
+        return attempt(work)
+
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         return run()
 
 
-def attempt(work: Work) -> Made:
+def attempt(work: Work[T]) -> T:
     """Run work; once more if its engine died under it. The engine's second death is an error."""
     try:
         return work.run()

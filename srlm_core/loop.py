@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +46,10 @@ class Run:
     executor: Executor
     backend: Backend
     observers: Sequence[Observer] = ()
-    timings: dict[str, float] = field(default_factory=dict)
-    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
+        self.usage: dict[str, dict[str, float]] = store.read_json(self.campaign.folder / "usage.json") or {}
 
     def tell(self, what: str, **details: Any) -> None:
         """Tell the observers."""
@@ -259,8 +261,10 @@ def _make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDe
         "judge": run.role(config.judgments.judge, policy),
     }
     kept = _kept_before(run, t)
-    pending: dict[str, list[Pending]] = {step.makes: [] for step in method.steps}
+    pending: dict[str, list[Pending[Made]]] = {step.makes: [] for step in method.steps}
     slices = _slices(run, t)
+    for step in method.steps:
+        run.tell("shards", stage=step.makes, iteration=t, total=len(slices))
     for number, (wanted, own) in enumerate(slices):
         shard = Shard(
             config=config, iteration=t, number=number, wanted=wanted, own_prompts=own, policy=policy.name,
@@ -320,8 +324,8 @@ def _make_part(
     shard: Shard,
     model: Model | None,
     lend: Callable[[Model], OnDemand],
-    reads: Mapping[str, Pending],
-    previous: Sequence[Pending],
+    reads: Mapping[str, Pending[Made]],
+    previous: Sequence[Pending[Made]],
 ) -> Made:
     """Make one shard of one dataset, or find it made."""
     folder = run.campaign.iteration(shard.iteration)
@@ -403,7 +407,12 @@ MARKER = "complete.json"
 """Written last into a model's folder: where it is, the model is whole."""
 
 
-def _train(
+def _train(run: Run, name: str, *job: Any) -> Model:
+    """Train one model, as a piece of work that the executor shows."""
+    return run.executor.run(Work("training", f"training {name}", partial(_find_or_train, run, name, *job)))
+
+
+def _find_or_train(
     run: Run,
     name: str,
     kind: str,
@@ -514,7 +523,7 @@ def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     )
 
 
-def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]) -> dict[str, Pending]:
+def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]) -> dict[str, Pending[Made]]:
     """Start the measurements of one model, so that they share the engine's batch with whatever else it does."""
     if run.config.evaluation.models == "none":
         return {}
@@ -578,7 +587,7 @@ def _measure(
     return made
 
 
-def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending]) -> None:
+def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending[Made]]) -> None:
     """Turn a model's evaluation tables into its results.json."""
     if not pending:
         return
@@ -605,12 +614,19 @@ def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending]) -
     run.tell("evaluation", model=model.name, results=results)
 
 
+def evaluate_one(run: Run, model: Model) -> dict[str, Any]:
+    """Measure one model by itself and return its results."""
+    with run.phase(f"evaluating {model.name}"), run.engines() as lend:
+        _finish_evaluation(run, model, _submit_evaluation(run, model, lend))
+    return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
+
+
 def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
     """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
     folder = run.campaign.folder / "evaluation"
     asked = evaluation_prompts(run.seed_data.evaluation)
     answers = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
-    pending: dict[str, tuple[Pending, dict[str, int]]] = {}
+    pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
     for newer, older in head_to_heads(run.config, set(answers)):
         a, b = store.read_part(answers[newer]), store.read_part(answers[older])
         played = evaluation.matches(asked, a, b)

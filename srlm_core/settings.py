@@ -1,6 +1,6 @@
 """Which settings change what: every setting belongs to a stage's fingerprint or is declared neutral, by test."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from srlm_core.config import RunConfig
@@ -35,17 +35,17 @@ STAGES: dict[str, tuple[str, ...]] = {
 """Every other setting, under the first stage that it changes; the stages after it follow (evaluation changes nothing else)."""
 
 
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Spell nested settings as dotted name to value."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Spell every setting as dotted name to value."""
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
+    """Spell every setting of a config as dotted name to value."""
+    return flatten(config.model_dump(mode="json"))
 
 
 def covers(prefix: str, name: str) -> bool:
@@ -76,3 +76,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and (name not in old or name not in new or stage_of(name) is not None)
     }
+
+
+def made_again(names: Iterable[str]) -> str:
+    """Say which stages a change of these settings makes again."""
+    order = list(STAGES)
+    touched = {stage for name in names if (stage := stage_of(name))}
+    if touched == {"evaluation"}:
+        return "the evaluation"
+    first = min(order.index(stage) for stage in touched - {"evaluation"})
+    if order[first] in ("base model", "bootstrap"):
+        return "everything from M1 on"
+    return f"{', '.join(order[first:-1])} of iteration 1, then M2 and everything after it"

@@ -108,8 +108,15 @@ def write_part(path: Path, rows: pa.Table, fingerprint: str, extra: Mapping[str,
     stamp = Stamp(fingerprint, rows_digest(rows.replace_schema_metadata(None)), dict(extra or {}))
     meta = {_FINGERPRINT: stamp.fingerprint, _DIGEST: stamp.digest, _EXTRA: json.dumps(stamp.extra, sort_keys=True)}
     rows = rows.replace_schema_metadata(meta)
-    write_atomically(path, lambda aside: pq.write_table(rows, aside, compression="zstd", write_page_checksum=True))
+    write_atomically(path, lambda aside: _write_parquet(aside, rows))
     return stamp
+
+
+def _write_parquet(path: Path, rows: pa.Table) -> None:
+    # no statistics: they are in no checksum, and a reader that skips by damaged ones would lose rows silently
+    with pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True, write_statistics=False) as writer:
+        if rows.num_rows:  # a row group of no rows stops the datasets library from loading the file
+            writer.write_table(rows)
 
 
 def read_part(path: Path) -> pa.Table:

@@ -36,6 +36,7 @@ class OnDemand:
     usage: dict[str, Usage] = field(default_factory=lambda: defaultdict(Usage))
     _engine: Engine | None = None
     _deaths: int = 0
+    _closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
@@ -43,6 +44,7 @@ class OnDemand:
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
+            self._closed = True  # threads that are still waiting must not start it again
             if self._engine is not None:
                 self._engine.__exit__(*exc)
                 self._engine = None
@@ -50,6 +52,8 @@ class OnDemand:
     def live(self) -> Engine:
         """Return the running engine, starting it if needed."""
         with self._lock:
+            if self._closed:
+                raise EngineDied(f"the engine of {self.model} was closed while it was still asked: the campaign is stopping.")
             if self._engine is None:
                 started = time.monotonic()
                 self._engine = self.start().__enter__()

@@ -7,7 +7,9 @@ one that was not: what a step sees depends on the seed, the epoch and the step a
 Only this child imports the module: it pays for torch, transformers and TRL at the top.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -32,6 +34,8 @@ os.environ.update(
 if __name__ == "__main__":
     # transformers imports what it finds and training never calls: a second and a half of start-up
     sys.modules.update(dict.fromkeys(("sklearn", "scipy", "vllm", "deepspeed", "mlflow", "wandb"), None))  # type: ignore[arg-type]
+    # transformers and TRL each read the metadata of every installed package: once is enough
+    importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -389,8 +393,8 @@ def claim(job: TrainingJob) -> TrainingResult | None:
 
     What another job left there (other rows, other settings) is removed: going on from it would mix the two.
     """
-    mark = job.work_dir / "fingerprint"
-    same = mark.exists() and mark.read_text() == fingerprint(job)
+    mark, ours = job.work_dir / "fingerprint", fingerprint(job)
+    same = mark.exists() and mark.read_text() == ours
     if job.output.exists():
         if same and (job.work_dir / "result.json").exists():
             return TrainingResult.model_validate_json((job.work_dir / "result.json").read_text())
@@ -402,19 +406,16 @@ def claim(job: TrainingJob) -> TrainingResult | None:
         shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
         for leftover in ("log.jsonl", "result.json", "reference_train.jsonl", "reference_eval.jsonl"):
             (job.work_dir / leftover).unlink(missing_ok=True)
-        mark.write_text(fingerprint(job))
+        mark.write_text(ours)
     return None
 
 
 def fingerprint(job: TrainingJob) -> str:
-    """Digest of what decides the weights: the job without its paths of work, and the rows themselves."""
-    said = job.model_dump(mode="json", exclude={"output", "work_dir", "threads"})
+    """Digest of what decides the weights: the job without its paths of work, and what the rows say."""
+    said = job.model_dump(mode="json", exclude={"rows", "heldout", "output", "work_dir", "threads"})
     said["settings"].pop("checkpoint_every_s")
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for path in (job.rows, job.heldout):
-        if path is not None and path.is_file():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    said["texts"] = [read_rows(path, job.kind) for path in (job.rows, job.heldout) if path is not None]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_rows(job: TrainingJob, tokenizer: Any, report: Report) -> tuple[list[Tokenized], list[Tokenized], list[DroppedRow]]:
@@ -552,14 +553,17 @@ def lora(job: TrainingJob) -> Any:
 
 def fit(trainer: Any, job: TrainingJob, checkpoint: Path | None) -> None:
     """Train from the start or from a checkpoint, and end with the weights of the best check, if there are checks."""
-    if checkpoint is not None and job.heldout is not None:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if EarlyStop(job).is_over(state):
-            # Killed between the check that ended training and the final save: a step more would be one too many
-            trainer.state = state
-            trainer._load_best_model()
-            return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if job.heldout is not None and EarlyStop(job).is_over(state):
+        # Killed between the check that ended training and the final save: a step more would be one too many
+        trainer.state = state
+        trainer._load_best_model()
+        return
+    trainer._total_train_tokens = max((row.get("num_tokens", 0) for row in state.log_history), default=0)  # TRL forgets
+    trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def save(trainer: Any, job: TrainingJob) -> None:
@@ -590,6 +594,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def end_with_parent() -> None:
     """Kill our whole session when the parent's end of stdin closes, which no death of the parent can prevent."""
+    if os.getsid(0) != os.getpid():
+        return  # started by hand: the session is somebody else's
 
     def wait() -> NoReturn:
         while os.read(0, 4096):

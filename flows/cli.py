@@ -1,0 +1,219 @@
+"""srlm: the command line. Heavy imports wait inside the commands, so that `srlm --help` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Self-rewarding language models: run the loop, look at what it made, compare.",
+)  # fmt: skip
+
+Root = Annotated[Path, typer.Option(help="Folder of the campaigns.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Size = Annotated[str | None, typer.Option(help="Size of the recipe; see `srlm recipes`.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override a setting, e.g. responses.n=8. Repeatable.")]
+ModelPath = Annotated[str | None, typer.Option("--model", help="Your own model: a checkpoint folder or hub id.")]
+PromptsFile = Annotated[str | None, typer.Option("--prompts", help="Your own prompts (.jsonl with `prompt`, or .txt), mixed in half and half.")]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Run a command; errors that a user can mend are printed without a traceback."""
+    from srlm_core.errors import SrlmError
+
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except SrlmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped. Nothing finished is lost: the same command goes on from here.", err=True)
+        sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        if hasattr(error, "show"):  # wrong usage: Click's own words
+            error.show()
+            sys.exit(getattr(error, "exit_code", 2))
+        raise
+
+
+def _load(recipe: str, size: str | None, overrides: list[str], model: str | None, prompts: str | None) -> Any:
+    from srlm_core import recipes
+
+    own = [f"model.path={json.dumps(model)}"] if model else []
+    own += [f"prompts.file={json.dumps(str(Path(prompts).resolve()))}", "prompts.file_share=0.5"] if prompts else []
+    return recipes.load(recipe, size, [*own, *overrides])
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe, `smoke`, `demo`, or the path of a TOML file.")],
+    size: Size = None,
+    sets: Sets = [],  # noqa: B006 - Typer reads it, nothing changes it
+    name: Annotated[str | None, typer.Option(help="Name of the campaign; default: the recipe and its size.")] = None,
+    root: Root = RUNS,
+    model: ModelPath = None,
+    prompts: PromptsFile = None,
+    redo: Annotated[bool, typer.Option(help="Go on though settings changed; what they change is made again.")] = False,
+    fork: Annotated[str | None, typer.Option(help="Start a campaign of this name that shares what is unchanged.")] = None,
+    prefect: Annotated[bool, typer.Option(help="Show the campaign to Prefect.")] = True,
+    mlflow: Annotated[bool, typer.Option(help="Record the campaign in MLflow.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a campaign, or go on with one: the same command resumes it."""
+    from flows.running import run_recipe
+
+    config = _load(recipe, size, sets, model, prompts)
+    name = name or (recipe if recipe in ("smoke", "demo") else f"{config.recipe}-{config.size}")
+    run_recipe(config, name, root, redo=redo, fork=fork, use_prefect=prefect, use_mlflow=mlflow, as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: str,
+    size: Size = None,
+    sets: Sets = [],  # noqa: B006
+    model: ModelPath = None,
+    prompts: PromptsFile = None,
+    gpus: Annotated[int, typer.Option(help="Plan for this many GPUs instead of this machine's cores.")] = 0,
+    root: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a campaign will cost: requests, tokens, memory, disk, hours, with the arithmetic. Loads nothing."""
+    from flows.looking import planned
+    from srlm_core.plan import as_dict
+
+    lines = planned(_load(recipe, size, sets, model, prompts), root, gpus)
+    if as_json:
+        typer.echo(json.dumps(as_dict(lines), indent=2))
+        return
+    for line in lines:
+        number = f"{line.value:,.0f}" if line.value >= 100 else f"{line.value:.3g}"
+        typer.echo(f"{line.what:<22}{number:>16} {line.unit:<10} {line.arithmetic}")
+    typer.echo("Hours rest on stated rates, not on a measurement of your model on your machine.")
+
+
+@app.command()
+def report(campaign: str, root: Root = RUNS, as_json: AsJson = False) -> None:
+    """Write a campaign's report again, and say where it is."""
+    from flows.looking import folder_of
+    from srlm_core import summary
+    from srlm_core.report import write_report
+
+    folder = folder_of(root, campaign)
+    page = write_report(folder)
+    rows = summary.table(folder)
+    typer.echo(json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}")
+
+
+@app.command()
+def show(campaign: str, prompt_id: str, root: Root = RUNS) -> None:
+    """Show one prompt's way through the house: responses, judgments, scores, pair."""
+    from flows.looking import folder_of
+    from srlm_core.report import show as show_prompt
+
+    typer.echo(show_prompt(folder_of(root, campaign), prompt_id))
+
+
+@app.command()
+def compare(a: str, b: str, root: Root = RUNS, as_json: AsJson = False) -> None:
+    """Put two campaigns side by side, model by model."""
+    from flows.looking import folder_of
+    from srlm_core import summary
+
+    rows = [
+        {"campaign": name, **row}
+        for name in (a, b)
+        for row in summary.table(folder_of(root, name))
+    ]  # fmt: skip
+    typer.echo(json.dumps(rows, indent=2) if as_json else summary.as_text(rows))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder or hub id.")],
+    recipe: str = "self_rewarding",
+    size: Size = None,
+    sets: Sets = [],  # noqa: B006
+    name: Annotated[str | None, typer.Option(help="Name of the evaluation.")] = None,
+    root: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Measure any model as judge and as policy, with the recipe's evaluation settings."""
+    from flows.running import evaluate_model
+
+    results = evaluate_model(_load(recipe, size, sets, model, None), name or f"evaluate-{Path(model).name}", root, model)
+    typer.echo(json.dumps(results, indent=2) if as_json else _spell(results))
+
+
+def _spell(results: dict[str, Any], indent: str = "") -> str:
+    lines: list[str] = []
+    for key, value in results.items():
+        if isinstance(value, dict) and set(value) == {"value", "stderr", "n"}:
+            told = "not measured" if value["value"] is None else f"{value['value']:.3f} ± {value['stderr']:.3f} (n = {value['n']})"
+            lines.append(f"{indent}{key}: {told}")
+        elif isinstance(value, dict):
+            lines += [f"{indent}{key}:", _spell(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return "\n".join(lines)
+
+
+@app.command()
+def recipes(
+    settings: Annotated[bool, typer.Option("--settings", help="Print the JSON schema of all settings, for editors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes and their sizes."""
+    from srlm_core import recipes as shipped
+    from srlm_core.config import schema
+
+    if settings:
+        typer.echo(json.dumps(schema(), indent=2))
+        return
+    found = {name: {size: body.get("description", "") for size, body in shipped.read(name).sizes.items()} for name in shipped.names()}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, sizes in found.items():
+        typer.echo(name)
+        for size, description in sizes.items():
+            typer.echo(f"  --size {size:<8} {description}")
+    typer.echo("smoke, demo: self_rewarding at that size")
+
+
+@app.command()
+def doctor(root: Root = RUNS, as_json: AsJson = False) -> None:
+    """Say whether this machine is fit, which engine would run, and what to do."""
+    from flows.looking import examine
+
+    findings = examine(root)
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.ok else 'look'} {finding.what:<14} {finding.found}")
+            if finding.remedy:
+                typer.echo(f"     {'':<14} → {finding.remedy}")
+    if not all(finding.ok for finding in findings if finding.needed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(model: Annotated[str, typer.Argument(help="A checkpoint folder, such as runs/demo/models/M3.")]) -> None:
+    """Talk to a model. An empty line ends."""
+    from flows.looking import talk
+
+    talk(model)
+
+
+if __name__ == "__main__":
+    main()

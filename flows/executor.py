@@ -1,0 +1,80 @@
+"""The loop's work as Prefect shows it: a sub-flow for each turn, a task run for each shard, nothing cached or stored."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+from prefect import Flow, Task
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.bootstrap import bootstrap
+from flows.evaluate import evaluate
+from flows.iteration import iteration
+from srlm_core.executor import Pending, Work
+from tasks.evaluation import evaluation
+from tasks.judgments import judgments
+from tasks.pairs import pairs
+from tasks.prompts import prompts
+from tasks.responses import responses
+from tasks.shard import engine_died, shard_task
+from tasks.training import training
+
+T = TypeVar("T")
+
+FLOWS: dict[str, Flow[..., Any]] = {"bootstrap": bootstrap, "iteration": iteration, "evaluate": evaluate}
+TASKS: dict[str, Task[..., Any]] = {
+    "prompts": prompts, "responses": responses, "judgments": judgments,
+    "pairs": pairs, "training": training, "evaluation": evaluation,
+}  # fmt: skip
+
+
+class Shown(NamedTuple, Generic[T]):
+    """A task run under way."""
+
+    future: PrefectFuture[T]
+    after: tuple[Pending[Any], ...]
+
+    def result(self) -> T:
+        """Wait for it; raises what it raised, or what something it waited for raised."""
+        # Prefect calls a task run whose upstream failed "not ready"; the reason is upstream
+        for earlier in self.after:
+            earlier.result()
+        return self.future.result()
+
+
+class PrefectExecutor:
+    """Runs the loop's work inside a flow run that is under way."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def submit(self, work: Work[T], after: Sequence[Pending[Any]] = ()) -> Pending[T]:
+        """Start a task run. The runner is first in, first out, so what a thread waits for holds a thread already."""
+        earlier = tuple(after)
+        waits_for = [shown.future for shown in earlier if isinstance(shown, Shown)]
+        return Shown(task_for(work.stage).submit(work.name, work.run, wait_for=waits_for), earlier)
+
+    def run(self, work: Work[T]) -> T:
+        return task_for(work.stage)(work.name, work.run)
+
+    def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
+        """Run a turn of the loop as a sub-flow, with threads of its own."""
+        return FLOWS[kind].with_options(task_runner=ThreadPoolTaskRunner(self._workers))(name, run)
+
+
+def task_for(stage: str) -> Task[..., Any]:
+    """Return a stage's task; a stage that only one method has gets one like the others."""
+    return TASKS.get(stage) or TASKS.setdefault(stage, _another(stage))
+
+
+def _another(stage: str) -> Task[..., Any]:
+    def make_shard(name: str, make: Callable[[], T]) -> T:
+        return make()
+
+    return shard_task(make_shard, name=stage, retries=1, retry_condition_fn=engine_died)

@@ -1,0 +1,127 @@
+"""Commands that look and do not run: plan, doctor, chat, and finding a campaign's folder."""
+
+import difflib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
+from srlm_core.errors import StoreError
+from srlm_core.loop import load_seed
+from srlm_core.plan import Line, of_this_machine, plan
+
+DEMO_PARAMETERS, DEMO_BYTES = 134_515_008, 538_060_032
+
+
+def folder_of(root: Path, campaign: str) -> Path:
+    """Find a campaign by name under the root, or by path. Raises StoreError, naming the near ones."""
+    for folder in (root / campaign, Path(campaign)):
+        if (folder / "config.json").is_file():
+            return folder
+    there = sorted(path.parent.name for path in root.glob("*/config.json"))
+    near = difflib.get_close_matches(campaign, there, n=3, cutoff=0.5) or there[:5]
+    hint = f"There are: {', '.join(near)}." if near else "There is none yet: `srlm run smoke` makes one in a minute."
+    raise StoreError(f"expected a campaign {campaign!r} in {root.resolve()}. {hint}")
+
+
+def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
+    """Plan a campaign from its config and the model's files, loading nothing."""
+    from srlm_core.engines import models
+
+    if config.engine.kind == "scripted":
+        parameters, size = 1, 1
+    elif config.model.path == DEMO_MODEL:
+        parameters, size = DEMO_PARAMETERS, DEMO_BYTES
+    else:
+        found = models.describe(models.resolve_model(config.model.path, config.model.revision, root / ".cache" / "models"))
+        parameters, size = found.parameters, found.weight_bytes
+    seed = load_seed(config)
+    rows = {
+        "ift": len(seed.ift),
+        "eft": sum(len(group["responses"]) for group in seed.eft),
+        "evaluation": len(seed.evaluation),
+        "heldout": sum(len(group["responses"]) for group in seed.heldout),
+    }
+    return plan(config, parameters, size, of_this_machine(os.cpu_count() or 1, gpus), rows)
+
+
+class Finding(NamedTuple):
+    """One thing the doctor looked at."""
+
+    what: str
+    ok: bool
+    needed: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(root: Path) -> list[Finding]:
+    """Look at Python, packages, processor, memory, disk and GPU; loads no model."""
+    import psutil
+
+    from srlm_core.engines import resolve_dtype, resolve_kind, why_kind
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(root))
+    broken = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
+    kind = resolve_kind(EngineConfig())
+    findings = [
+        Finding("python", sys.version_info >= (3, 11), True, sys.version.split()[0], "" if sys.version_info >= (3, 11) else "use 3.11 or newer"),
+        *(_package(name, needed) for name, needed in (("torch", True), ("transformers", True), ("trl", True), ("vllm", False), ("prefect", False), ("mlflow", False))),
+        Finding("torchvision", not broken or _cuda(), True, ", ".join(broken) or "absent, as it should be",
+                f"pip uninstall {' '.join(broken)}: beside a CPU torch they break vllm" if broken and not _cuda() else ""),
+        Finding("engine", True, True, f"{kind}, {resolve_dtype(EngineConfig(kind=kind))}: {why_kind()}"),
+        Finding("memory", memory.available > 6e9, True, f"{memory.available / 2**30:.0f} GiB free of {memory.total / 2**30:.0f}",
+                "" if memory.available > 6e9 else "the demo needs 6 GiB"),
+        Finding("disk", disk.free > 5e9, True, f"{disk.free / 2**30:.0f} GiB free", "" if disk.free > 5e9 else "the demo needs 5 GiB"),
+        Finding("cores", (os.cpu_count() or 1) >= 2, False, str(os.cpu_count())),
+    ]  # fmt: skip
+    return findings
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _package(name: str, needed: bool) -> Finding:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if importlib.util.find_spec(name) is None:
+        why = "make demo installs it, or pip install -e '.[gpu]'" if needed else "the campaign runs without it"
+        return Finding(name, False, needed, "not installed", why)
+    for package in (name, f"{name}-cpu"):
+        try:
+            return Finding(name, True, needed, version(package))
+        except PackageNotFoundError:
+            continue
+    return Finding(name, True, needed, "installed")
+
+
+def _cuda() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def talk(model: str) -> None:
+    """Answer lines from the terminal with a model, keeping the conversation."""
+    from srlm_core.engines import open_engine, scripted
+    from srlm_core.engines.models import resolve_model
+    from srlm_core.engines.protocol import Message, Request, Sampling
+
+    path = Path(model) if (Path(model) / "scripted.json").exists() else resolve_model(model, None, Path("runs/.cache/models"))
+    config = EngineConfig(kind="scripted" if (path / "scripted.json").exists() else "transformers", context=2048)
+    engine = scripted.ScriptedEngine(config, path) if config.kind == "scripted" else open_engine(config, path, log=Path("runs/chat.log"))
+    said: list[Message] = []
+    with engine:
+        while line := input("you: ").strip():
+            said.append({"role": "user", "content": line})
+            request = Request("chat", messages=tuple(said), sampling=Sampling(max_tokens=400), seed=len(said))
+            answer = next(iter(engine.generate([request])))
+            if answer.finish_reason == "too_long":
+                sys.stdout.write("(the conversation is longer than the context; starting afresh)\n")
+                said.clear()
+                continue
+            said.append({"role": "assistant", "content": answer.text})
+            sys.stdout.write(f"{path.name}: {answer.text}\n")

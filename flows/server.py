@@ -1,0 +1,256 @@
+"""The Prefect server that a campaign brings along: a child on the loopback that ends with this process, however that ends.
+
+Its home is <root>/.prefect, not the user's; nothing calls home. Where a real server is configured, that one is used.
+Run as a module (`python -m flows.server FD`) this file is the child: it serves on the listening socket it was handed.
+"""
+
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+log = logging.getLogger("srlm")
+
+PORT = 4200
+"""Tried first, so that a browser tab survives a resume; any free port otherwise."""
+STARTUP_S = 120.0
+"""A first start lays out the database: 10 s on an idle machine."""
+SHUTDOWN_S = 8.0
+_ours: set[str] = set()
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "srlm",  # the campaign's log lines appear beside the runs they belong to
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_CLI_PROMPT": "false",
+}
+"""Settings of both sides."""
+
+SERVER = {
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_API_DATABASE_MIGRATE_ON_START": "false",  # done before, see migrate
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # no block is used, and a second is saved
+    # nothing is scheduled here: what would look for it every few seconds stays off
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+}  # fmt: skip
+"""Settings of the child."""
+
+
+class PrefectServer:
+    """Started on entering, in the background; `ready` waits for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = root / ".prefect"
+        self.url = ""
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        configured = configured_api()
+        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+        if configured:
+            self.url = configured
+            return self
+        self.home.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("PREFECT_HOME", str(self.home))
+        with _listen() as listening:
+            self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+            self._child = self._start(listening)
+        # the common case: prefect is imported after this line, and every thread of it finds the address
+        os.environ["PREFECT_API_URL"] = self.url
+        _ours.add(self.url)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._child is None:
+            return
+        if os.environ.get("PREFECT_API_URL") == self.url:
+            del os.environ["PREFECT_API_URL"]
+        _ours.discard(self.url)
+        self._child.terminate()
+        try:
+            self._child.wait(SHUTDOWN_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child = None
+
+    @property
+    def ui(self) -> str:
+        """Address of the pages."""
+        return self.url.removesuffix("/api")
+
+    def ready(self) -> bool:
+        """Wait until the server answers; False where it does not, its last words in the log."""
+        if self._child is None:
+            return _answers(self.url, 10.0)
+        # the kernel keeps the request until the child serves; when the child dies it is refused
+        if _answers(self.url, STARTUP_S):
+            return True
+        log.debug("prefect server log: %s", self.home / "server.log")
+        return False
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """Point Prefect here, also where it was imported before."""
+        if self._child is None:
+            yield
+            return
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            yield
+            _drain()
+
+    def _start(self, listening: socket.socket) -> subprocess.Popen[bytes]:
+        fd = listening.fileno()
+        with (self.home / "server.log").open("ab") as words:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "flows.server", str(fd)],  # -P: a folder `flows` in the cwd is not ours
+                stdin=subprocess.PIPE, stdout=words, stderr=words, start_new_session=True, pass_fds=(fd,),
+                env=self._environment(),
+            )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        here = str(Path(__file__).parents[1])
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
+        return kept | QUIET | SERVER | {"PYTHONPATH": path, "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+
+
+def installed() -> bool:
+    """Whether Prefect can be imported, without the seconds that it takes."""
+    return importlib.util.find_spec("prefect") is not None
+
+
+def configured_api(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Find the address of a real server: the environment, Prefect's settings where it is loaded, or the user's profile."""
+    url = environment.get("PREFECT_API_URL")
+    if url and url not in _ours:
+        return url
+    if "prefect" in sys.modules:
+        from prefect.settings import PREFECT_API_URL
+
+        found = PREFECT_API_URL.value()
+        return found if found not in _ours else None
+    home = Path(environment.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text())
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    active = environment.get("PREFECT_PROFILE", profiles.get("active"))
+    return profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
+
+
+def _listen() -> socket.socket:
+    for port in (PORT, 0):
+        try:
+            return socket.create_server(("127.0.0.1", port), backlog=128)
+        except OSError:
+            continue
+    raise OSError("no port is free on 127.0.0.1")
+
+
+def _answers(url: str, timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=left) as response:
+                return response.status == 200
+        except urllib.error.HTTPError:
+            return False
+        except TimeoutError:
+            return False
+        except OSError as error:
+            if not isinstance(getattr(error, "reason", error), InterruptedError):
+                return False
+    return False
+
+
+def _drain() -> None:
+    """Send what is still queued for the server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=SHUTDOWN_S, at_exit=False)
+
+
+# --- the child ------------------------------------------------------------------------------------------------------
+
+
+def main(fd: int) -> None:
+    """Lay out or update the database, then serve until told to stop."""
+    import gc
+
+    gc.disable()  # a fifth off the start: it is all imports
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    migrate(Path(os.environ["PREFECT_HOME"]))
+    config = uvicorn.Config(create_app(final=True), log_level="warning", timeout_graceful_shutdown=2, lifespan="on")
+    gc.enable()
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd)])
+
+
+def migrate(home: Path) -> None:
+    """Bring the database up to date; one that this Prefect cannot read is set aside, not deleted, and a new one begun."""
+    from filelock import FileLock
+
+    # two campaigns under one root share the database; only one of them may lay it out
+    with FileLock(home / "migration.lock"):
+        try:
+            _upgrade()
+        except Exception as error:
+            for path in home.glob("prefect.db*"):
+                path.rename(path.with_name(f"unreadable-{int(time.time())}-{path.name}"))
+            sys.stderr.write(f"the database could not be read and was set aside: {error}\n")
+            _upgrade()
+
+
+def _upgrade() -> None:
+    import asyncio
+
+    from prefect.server.database import provide_database_interface
+
+    async def upgrade() -> Any:
+        database = provide_database_interface()
+        await database.create_db()
+        await (await database.engine()).dispose()
+
+    asyncio.run(upgrade())
+
+
+def _end_with_parent() -> None:
+    """End this process and all of its own when the parent is gone: its end of our stdin closes then."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1024):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    main(int(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""plan: what a campaign will ask for, with the arithmetic, before anything is loaded."""
+
+from typing import Any, NamedTuple
+
+from srlm_core.config import RunConfig
+
+ASSUMED_YIELD = 0.6
+"""Share of asked prompts that survive the filters; small models do worse."""
+ASSUMED_FILL = 0.5
+"""Share of max_tokens that a completion uses."""
+ASSUMED_PROMPT_TOKENS = 60
+RUBRIC_TOKENS = 260
+
+
+class Line(NamedTuple):
+    """One quantity: what, how much, and the arithmetic behind it."""
+
+    what: str
+    value: float
+    unit: str
+    arithmetic: str
+
+
+class Hardware(NamedTuple):
+    """Stated rates; measured ones of an earlier campaign are better."""
+
+    name: str
+    flops: float
+    """Useful floating-point operations per second of one device while decoding."""
+    training_flops: float
+    devices: int
+
+
+def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
+    """State rates: 35 GFLOP/s a core (measured with float32 on AVX2), 60 and 150 TFLOP/s a GPU (an H100-class guess)."""
+    if gpus:
+        return Hardware(f"{gpus} GPU", 60e12, 150e12, gpus)
+    return Hardware(f"{cores} CPU cores", 35e9 * cores, 50e9 * cores, 1)
+
+
+def plan(config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, seed_rows: dict[str, int]) -> list[Line]:
+    """Return requests, tokens, memory, disk and hours. `seed_rows`: ift, eft (responses), evaluation, heldout (responses)."""
+    its, n, k, target = config.iterations, config.responses.n, config.judgments.k, config.prompts.target
+    asked = round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
+    answer = config.responses.sampling.max_tokens * ASSUMED_FILL
+    written = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
+    lines = [
+        Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
+        Line("requests for prompts", its * asked, "requests", f"{its} × {target} / {ASSUMED_YIELD} kept"),
+        Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
+        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
+    ]
+    generated = its * (asked * config.prompts.sampling.max_tokens * ASSUMED_FILL + target * n * (answer + k * written))
+    read = its * (asked * 300 + target * ASSUMED_PROMPT_TOKENS + target * n * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + answer))
+    evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (RUBRIC_TOKENS + 80 + written))
+    lines += [
+        Line("tokens generated", generated, "tokens", f"completions at {ASSUMED_FILL:.0%} of max_tokens"),
+        Line("tokens read", read, "tokens", "prompts and rubrics, each prefix once"),
+        Line("tokens of evaluation", evaluated, "tokens", f"{models} models"),
+    ]
+    epochs = config.training.sft.epochs
+    sft = epochs * (2 * seed_rows["ift"] * 120 + seed_rows["eft"] * (RUBRIC_TOKENS + 120))
+    dpo = its * config.training.dpo.epochs * target * 0.6 * 2 * (ASSUMED_PROMPT_TOKENS + answer)
+    lines.append(Line("tokens trained on", sft + dpo, "tokens", "SFT twice (baseline, M1) + DPO on 60 % of the prompts, both sides"))
+    return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
+
+
+def _costs(
+    config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, inference: float, sft: float, dpo: float
+) -> list[Line]:
+    speed = hardware.flops * hardware.devices / (2 * parameters)
+    training = (sft * 6 + dpo * 8) * parameters / (hardware.training_flops * hardware.devices)
+    kept = 4 if config.training.dpo.save_dtype == "float32" else 2
+    saved = config.iterations + 2
+    gib = 1024**3
+    state = parameters * (4 + 4 + 8) if not config.training.dpo.lora_rank else parameters * 4.5
+    return [
+        Line("hours of sampling", inference / speed / 3600, "h", f"{inference:,.0f} tokens at {speed:,.0f}/s ({hardware.name})"),
+        Line("hours of training", training / 3600, "h", f"6 FLOP a parameter and token for SFT, 8 for DPO, {hardware.name}"),
+        Line("memory to sample", (weights_bytes + 2 * gib) / gib, "GiB", f"{weights_bytes / gib:.2f} GiB weights + 2 KV cache"),
+        Line("memory to train", state / gib, "GiB", "float32 weights, gradients, two Adam moments; activations come on top"),
+        Line("disk", (saved * parameters * kept + 2 * parameters * 12) / gib, "GiB",
+             f"{saved} models in {config.training.dpo.save_dtype} + two checkpoints while training"),
+    ]  # fmt: skip
+
+
+def as_dict(lines: list[Line]) -> list[dict[str, Any]]:
+    """Return the plan for --json."""
+    return [line._asdict() for line in lines]

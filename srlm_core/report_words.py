@@ -1,0 +1,336 @@
+"""The report's sentences: what the numbers say, what looks wrong, and what they cannot say. Written by rule."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from srlm_core.config import RunConfig
+from srlm_core.summary import BASE, BASELINE, Summary, spell
+
+Matches = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+class Measured(NamedTuple):
+    """A number with its error and n."""
+
+    value: float
+    stderr: float
+    n: int
+
+    def __str__(self) -> str:
+        return spell(self.value, self.stderr, self.n)
+
+    def beside(self, level: float) -> int:
+        """1 above a level, -1 below, 0 where two standard errors cannot tell.
+
+        The error is at least 1/n: that of n equal values is 0, and knows nothing of the next one.
+        """
+        gap = self.value - level
+        return 0 if abs(gap) <= 2 * max(self.stderr, 1 / self.n) else int(math.copysign(1, gap))
+
+
+def measured(metrics: Mapping[str, float], name: str) -> Measured | None:
+    """Look up a number with its error; None where either is not known."""
+    value, stderr, n = (metrics.get(f"{name}{end}") for end in ("", "_stderr", "_n"))
+    return Measured(value, stderr, int(n)) if value is not None and stderr is not None and n else None
+
+
+def policies(found: Summary) -> list[str]:
+    """The models of the loop that were evaluated: M1, M2, …"""
+    return [model for model in found.models if re.fullmatch(r"M[1-9]\d*", model) and found.of_model[model]]
+
+
+# --- what they say --------------------------------------------------------------------------------------------------
+
+
+def headline(found: Summary, matches: Matches, by_length: Matches, judge: str | None) -> list[str]:
+    """Say in sentences what happened: is the judge better, is the policy better, or only longer or more generous?"""
+    sentences = [
+        *_what_it_was(found),
+        *_first_judge(found),
+        *_change_of_judge(found),
+        *_who_wins(found, matches, judge),
+        *_longer_or_better(found, by_length),
+        *_generosity(found),
+    ]
+    if found.config and found.config.engine.kind == "scripted":
+        sentences.append("All of this was made by the scripted engine: it shows that the loop runs, and nothing about models.")
+    return sentences
+
+
+def _what_it_was(found: Summary) -> list[str]:
+    pairs = {t: int(metrics["pairs/n"]) for t, metrics in found.of_iteration.items() if metrics.get("pairs/n")}
+    of = f" of {found.config.model.path}" if found.config and found.config.engine.kind != "scripted" else ""
+    if not pairs:
+        return [f"This campaign{of} has made no pairs yet."]
+    made = " and ".join(f"{count} in iteration {t} (for M{t + 1})" for t, count in pairs.items())
+    return [f"A self-rewarding campaign{of}: the model judged its own responses and made {made} of the pairs it trains on."]
+
+
+_ACCURACY = "evaluation/judge_pairwise_accuracy"
+_HALF = f"{_ACCURACY}_tie_half"
+_THAN_GUESSING = {
+    1: "which is better than guessing (0.5)",
+    0: "which two standard errors cannot tell from guessing (0.5)",
+    -1: "which is worse than guessing (0.5)",
+}
+
+
+def _first_judge(found: Summary) -> list[str]:
+    if not policies(found):
+        return ["No model of the loop has been evaluated yet."]
+    first = policies(found)[0]
+    of = found.of_model[first]
+    strict, half, longer = (measured(of, name) for name in (_ACCURACY, _HALF, "evaluation/longer_accuracy"))
+    if strict is None or half is None:
+        return [f"{first} could not be measured as a judge: none of its held-out judgments made a pair of scores."]
+    text = (
+        f"As a judge, {first} puts {strict} of held-out pairs in the order that people gave them, a tie counted as wrong; "
+        f"with ties as halves it is {half}, {_THAN_GUESSING[half.beside(0.5)]}."
+    )
+    if longer is None:
+        return [text]
+    gap = half.value - longer.value
+    apart = abs(gap) > 2 * math.hypot(half.stderr, longer.stderr)
+    than = ("more than" if gap > 0 else "less than") if apart else "which its own score cannot be told from:"
+    beside = (
+        f"Always preferring the longer response scores {longer} on the same pairs"
+        + (f"; the judge knows {than} that." if apart else ", and the judge cannot be told from that.")
+    )
+    return [text, beside]
+
+
+def _change_of_judge(found: Summary) -> list[str]:
+    loop = policies(found)
+    if len(loop) < 2:
+        return []
+    first, last = loop[0], loop[-1]
+    a, b = measured(found.of_model[first], _HALF), measured(found.of_model[last], _HALF)
+    if a is None or b is None:
+        return []
+    change, error = b.value - a.value, math.hypot(a.stderr, b.stderr)
+    said = f"{spell(change, error, form='+.2f')} with ties as halves"
+    if abs(change) <= 2 * error:
+        return [f"From {first} to {last} the judge's accuracy changes by {said}: no change that these pairs can show."]
+    return [f"From {first} to {last} the judge got {'better' if change > 0 else 'worse'}: {said}."]
+
+
+def _who_wins(found: Summary, matches: Matches, judge: str | None) -> list[str]:
+    sentences: list[str] = []
+    for other in _opponents(found, matches):
+        last = policies(found)[-1]
+        tally = matches[last, other]
+        points = Measured(*(tally["win_or_half_tie"][key] for key in ("value", "stderr", "n")))
+        won, tied, lost = (f"{tally[key]['value']:.0%}" for key in ("win", "tie", "lose"))
+        verdict = {1: f"{last} wins", 0: "that is even, as far as two standard errors can tell", -1: f"{last} loses"}
+        sentences.append(
+            f"Against {other}, {last} wins {won}, ties {tied} and loses {lost} of the prompts, {points} with ties as "
+            f"halves: {verdict[points.beside(0.5)]}, in the eyes of {judge}."
+        )
+    return sentences
+
+
+def _opponents(found: Summary, matches: Matches) -> list[str]:
+    """Whom the last model met, of sft_baseline, M1 and the model before it."""
+    loop = policies(found)
+    wanted = [BASELINE, *loop[:1], *loop[-2:-1]]
+    return [other for other in dict.fromkeys(wanted) if loop and (loop[-1], other) in matches]
+
+
+def _longer_or_better(found: Summary, by_length: Matches) -> list[str]:
+    loop = policies(found)
+    if len(loop) < 2:
+        return []
+    first, last = loop[0], loop[-1]
+    key = "evaluation/response_length_tokens_mean"
+    before, after = found.of_model[first].get(key), found.of_model[last].get(key)
+    if not before or after is None:
+        return []
+    change = after / before - 1
+    size = "are as long as" if abs(change) < 0.05 else f"are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than"
+    text = f"Its answers {size} those of {first} ({after:.0f} tokens on average, against {before:.0f})"
+    for other in _opponents(found, by_length):
+        split = by_length[last, other]
+        longer, rest = (Measured(**split[name]) if split[name]["n"] else None for name in ("longer", "not_longer"))
+        if longer and rest:
+            return [
+                f"{text}; against {other} it scores {longer} where its answer is the longer one and {rest} where it is not, "
+                f"{_what_length_did(longer, rest)}."
+            ]
+    return [f"{text}."]
+
+
+def _what_length_did(longer: Measured, rest: Measured) -> str:
+    if rest.beside(0.5) > 0:
+        return "so it wins without being longer, too"
+    if longer.beside(0.5) > 0:
+        return "so what it wins, it wins where it is longer"
+    return "too few of either to say which of the two it is"
+
+
+def _generosity(found: Summary) -> list[str]:
+    own = {t: value for t, of in found.of_iteration.items() if (value := measured(of, "judgments/score_mean"))}
+    if len(own) < 2:
+        return []
+    first, last = min(own), max(own)
+    before, after = (measured(found.of_model.get(f"M{t}", {}), "evaluation/score_mean") for t in (first, last))
+    rise = Measured(own[last].value - own[first].value, math.hypot(own[first].stderr, own[last].stderr), own[last].n)
+    text = f"The scores that it gives its own responses move by {spell(rise.value, rise.stderr, form='+.2f')} from M{first} to M{last}"
+    if before is None or after is None:
+        return [f"{text}."]
+    same = spell(after.value - before.value, math.hypot(before.stderr, after.stderr), form="+.2f")
+    return [f"{text}; on the held-out responses, which do not change, by {same}: that much is generosity, not quality."]
+
+
+# --- what looks wrong -----------------------------------------------------------------------------------------------
+
+
+def warnings(found: Summary, matches: Matches) -> list[str]:
+    """Name what usually precedes a collapse, where it is seen."""
+    signs: list[str] = []
+    for t, of in found.of_iteration.items():
+        if of.get("judgments/readable_rate", 1) < 0.8:
+            signs.append(f"Iteration {t}: only {of['judgments/readable_rate']:.0%} of the judgments could be read.")
+        if of.get("judgments/tie_rate", 0) > 0.7:
+            signs.append(f"Iteration {t}: {of['judgments/tie_rate']:.0%} of the prompts were dropped as ties.")
+        if of.get("responses/truncated_rate", 0) > 0.2:
+            signs.append(f"Iteration {t}: {of['responses/truncated_rate']:.0%} of the responses were cut at max_tokens.")
+        if of.get("judgments/score_entropy", 3) < 0.5:
+            signs.append(f"Iteration {t}: the judge gives nearly always the same score (entropy {of['judgments/score_entropy']:.2f} bits).")
+        if of.get("prompts/yield", 1) < 0.3:
+            signs.append(f"Iteration {t}: only {of['prompts/yield']:.0%} of the prompts written could be used.")
+    loop = policies(found)
+    for before, after in zip(loop, loop[1:], strict=False):
+        key = "evaluation/response_length_tokens_mean"
+        a, b = found.of_model[before].get(key), found.of_model[after].get(key)
+        if a and b and b > 1.5 * a:
+            signs.append(f"{after} answers at {b / a:.1f} times the length of {before}.")
+        tally = matches.get((after, before))
+        if tally and tally["win"]["n"] and tally["lose"]["value"] > tally["win"]["value"]:
+            signs.append(f"{after} loses to {before} more often than it wins.")
+    return signs + _divergence(found)
+
+
+def _divergence(found: Summary) -> list[str]:
+    loop = policies(found)
+    signs: list[str] = []
+    for before, after in zip(loop, loop[1:], strict=False):
+        own = [found.of_iteration.get(int(model[1:]), {}).get("judgments/score_mean") for model in (before, after)]
+        agreement = [measured(found.of_model[model], _HALF) for model in (before, after)]
+        if None in own or None in agreement:
+            continue
+        fall = agreement[0].value - agreement[1].value  # type: ignore[union-attr]
+        error = math.hypot(agreement[0].stderr, agreement[1].stderr)  # type: ignore[union-attr]
+        if own[1] > own[0] and fall > 2 * error:  # type: ignore[operator]
+            signs.append(f"From {before} to {after} its own scores rise while its agreement with people falls: it flatters itself.")
+    return signs
+
+
+# --- what they cannot say -------------------------------------------------------------------------------------------
+
+
+def cannot_say(found: Summary, matches: Matches, judge: str | None) -> list[str]:
+    """Say where these numbers end."""
+    config = found.config
+    said: list[str] = []
+    if config and config.engine.kind == "scripted":
+        said.append(
+            "The scripted engine is a rule with one number that training raises by construction. Whatever rises here rises "
+            "because it was written to; it proves the plumbing and nothing about language models."
+        )
+    said += _about_the_judge(found, matches, judge)
+    said += _about_the_sizes(found, matches)
+    said.append(
+        "± is one standard error over prompts: two of them either way are about 95 %. It does not hold what another seed "
+        "would change, and with this many numbers on a page one in twenty looks striking by chance."
+    )
+    if config:
+        said.append(
+            f"One seed ({config.seed}), one campaign. Whether the order of the models survives another seed is not known until "
+            "one is run."
+        )
+        said += _about_the_corpus(config) + _about_the_reading(config)
+    said.append(
+        "Scores that a model gives its own responses are its own opinion. They may rise because the responses got better, or "
+        "because the judge got kinder; only the held-out pairs and the head-to-heads are outside the loop."
+    )
+    said.append(
+        "Tie rules decide a good part of judge accuracy: a judge with few distinct scores ties often. The headline counts ties as "
+        "wrong, so guessing lies below 0.5 in it; only the variant with ties as halves may be held against 0.5."
+    )
+    return said
+
+
+def _about_the_judge(found: Summary, matches: Matches, judge: str | None) -> list[str]:
+    if not matches or judge is None:
+        return ["There is no head to head, so nothing here says which model answers better."]
+    flips = [tally["flip_rate"]["value"] for tally in matches.values() if tally["flip_rate"]["value"] is not None]
+    unsure = f" It contradicted itself when the two answers changed places in {min(flips):.0%} to {max(flips):.0%} of the prompts." if flips else ""
+    if judge not in found.models:
+        return [
+            f"The head-to-heads were judged by {judge}, frozen. They show what it prefers; how far that is what people "
+            f"prefer is not measured here.{unsure}"
+        ]
+    who = "the very model that the campaign started from" if judge == BASE else "a model of this campaign"
+    accuracy = measured(found.of_model[judge], _HALF)
+    worth = ""
+    if accuracy:
+        verdict = {1: "better than guessing, at least", 0: "not to be told from guessing", -1: "worse than guessing"}
+        worth = (
+            f" Scoring single responses, it orders {accuracy} of the held-out pairs as people did (ties as halves): "
+            f"{verdict[accuracy.beside(0.5)]}."
+        )
+    return [
+        f"The frozen judge of the head-to-heads is {judge}, {who}. It is no better a judge than what it judges, and it likes "
+        f"what sounds like itself: a win says that the answers moved towards its taste, and very little about whether "
+        f"people would prefer them.{worth}{unsure} For a claim about quality, name a stronger judge (evaluation.judge) or ask people."
+    ]
+
+
+def _about_the_sizes(found: Summary, matches: Matches) -> list[str]:
+    said: list[str] = []
+    pairs = [int(of[f"{_HALF}_n"]) for of in found.of_model.values() if of.get(f"{_HALF}_n")]
+    groups = [int(of["evaluation/judge_spearman_n"]) for of in found.of_model.values() if of.get("evaluation/judge_spearman_n")]
+    if pairs and groups:
+        said.append(
+            f"Judge accuracy rests on {max(groups)} held-out prompts. Their {max(pairs)} pairs are not independent of one another, which "
+            "is why the errors come from resampling prompts. Pairs with an unreadable score are left out, so models that are "
+            "read less are measured on fewer of them."
+        )
+    played = [tally["win"]["n"] for tally in matches.values()]
+    if played and max(played):
+        n = max(played)
+        said.append(
+            f"Head-to-heads rest on {n} evaluation prompts with one answer each: a share near one half has a standard error of about "
+            f"{math.sqrt(0.25 / n):.2f}, so nothing nearer to even than {math.sqrt(1 / n):.2f} can be seen."
+        )
+    return said
+
+
+def _about_the_corpus(config: RunConfig) -> list[str]:
+    seed = config.seed_data
+    if "seed" not in (seed.heldout, seed.evaluation):
+        return []
+    if seed.heldout == seed.eft == "seed":
+        same = "by the authors of the responses and judgments that M1 learns judging from"
+    else:
+        same = "by the authors of this project"
+    return [
+        f"What measures comes from the corpus that ships with this project. Its responses were written and ranked {same}: "
+        "few hands, one taste. Agreement with it is no proof of agreement with people at large."
+    ]
+
+
+def _about_the_reading(config: RunConfig) -> list[str]:
+    reading = config.judgments
+    said: list[str] = []
+    if reading.reading != "text":
+        said.append(
+            f"The loop reads its judge in the form {reading.reading!r}"
+            + ("" if reading.justified else ", without a written justification")
+            + ", not as text as the paper does: its readable rate says little, and “readable as text” is the number to compare."
+        )
+    if reading.judge == "policy":
+        said.append("The loop's judge is the model being trained, and changes with it: mean scores of different iterations have different judges.")
+    return said

@@ -1,0 +1,36 @@
+"""Shared by all tests: a scripted campaign in milliseconds."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srlm_core import loop, recipes
+from srlm_core.backend import make_backend
+from srlm_core.executor import PlainExecutor
+from srlm_core.store import Campaign
+
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+TINY = (
+    "prompts.target=12", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4",
+    "evaluation.prompts=8", "evaluation.heldout_groups=6", "evaluation.text_judgments=8", "evaluation.bootstrap_samples=20",
+)  # fmt: skip
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Callable[..., Path]:
+    """Run a scripted campaign with overrides; returns its folder."""
+
+    def run(*overrides: str, name: str = "c", observers: Sequence[Any] = ()) -> Path:
+        config = recipes.load("smoke", overrides=[*TINY, *overrides])
+        with Campaign(tmp_path, name) as campaign, PlainExecutor() as executor:
+            campaign.logs.mkdir(exist_ok=True)
+            backend = make_backend(config, cache=tmp_path / ".cache", logs=campaign.logs)
+            loop.self_reward(loop.Run(config, campaign, executor, backend, observers))
+        return campaign.folder
+
+    return run

@@ -1,0 +1,78 @@
+from tables import prompts, responses
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srlm_core import pairs
+from srlm_core.config import PairsConfig
+
+FOUR = [("p0", f"answer number {i}", "stop") for i in range(4)]
+
+
+def paired(rows, scores, config=None, texts=("Why?",)):
+    return pairs.best_and_worst(prompts(*texts), responses(rows), scores, config or PairsConfig(), iteration=1)
+
+
+def test_the_best_is_chosen_and_the_worst_rejected():
+    made, drops = paired(FOUR, {"r0": 2.0, "r1": 4.33, "r2": 4.0, "r3": 1.5})
+    row = made.to_pylist()[0]
+    assert (row["chosen_id"], row["rejected_id"], row["chosen_score"], row["rejected_score"]) == ("r1", "r3", 4.33, 1.5)
+    assert drops.num_rows == 0
+
+
+def test_a_tie_makes_no_pair_and_the_next_prompt_is_still_processed():
+    rows = [*FOUR, *[("p1", text, "stop") for text in "ab"]]
+    made, drops = paired(rows, {"r0": 3, "r1": 3, "r2": 3, "r3": 3, "r4": 1, "r5": 2}, texts=("Why?", "How?"))
+    assert made["prompt_id"].to_pylist() == ["p1"]
+    assert [(row["id"], row["reason"]) for row in drops.to_pylist()] == [("p0", "tie")]
+
+
+def test_means_that_differ_in_the_last_bit_are_a_tie():
+    _, drops = paired(FOUR[:2], {"r0": 0.1 + 0.2, "r1": 0.3})
+    assert drops["reason"].to_pylist() == ["tie"]
+
+
+def test_a_response_without_a_score_is_in_no_pair():
+    made, _ = paired(FOUR, {"r1": 4, "r2": 3})
+    assert {made["chosen_id"][0].as_py(), made["rejected_id"][0].as_py()} == {"r1", "r2"}
+    _, drops = paired(FOUR, {"r1": 4})
+    assert drops["reason"].to_pylist() == ["fewer_than_two_scored"]
+
+
+def test_a_cut_response_is_never_chosen_and_rejected_only_where_a_setting_says_so():
+    rows = [("p0", "cut", "length"), ("p0", "fine", "stop"), ("p0", "fair", "stop")]
+    made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 3})
+    assert made["chosen_id"].to_pylist() == ["r1"]
+    assert paired(rows, {"r0": 0, "r1": 4, "r2": 3})[0]["rejected_id"].to_pylist() == ["r2"]
+    assert paired(rows, {"r0": 0, "r1": 4, "r2": 3}, PairsConfig(truncated_rejected=True))[0]["rejected_id"].to_pylist() == ["r0"]
+
+
+def test_a_loop_is_never_chosen():
+    rows = [("p0", "so it goes on " * 20, "stop"), ("p0", "A plain answer of several words.", "stop"), ("p0", "No.", "stop")]
+    made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 1})
+    assert made["chosen_id"].to_pylist() == ["r1"]
+
+
+def test_a_pair_below_the_margin_is_dropped_for_that_reason():
+    _, drops = paired(FOUR[:2], {"r0": 3.0, "r1": 3.5}, PairsConfig(min_margin=1))
+    assert drops["reason"].to_pylist() == ["margin_too_small"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 5)), st.booleans()), max_size=24),
+    st.randoms(use_true_random=False),
+)
+def test_chosen_scores_above_rejected_and_row_order_does_not_matter(drawn, rng):
+    rows = [(f"p{p}", f"text {i}", "stop" if ended else "length") for i, (p, _, ended) in enumerate(drawn)]
+    scores = {f"r{i}": float(score) for i, (_, score, _) in enumerate(drawn) if score is not None}
+    table = responses(rows)
+    asked = prompts("a?", "b?", "c?", "d?")
+    made, drops = pairs.best_and_worst(asked, table, scores, PairsConfig(), iteration=1)
+    for row in made.to_pylist():
+        assert row["chosen_score"] > row["rejected_score"]
+        assert row["chosen_id"] in scores
+        assert row["rejected_id"] in scores
+    assert made.num_rows + drops.num_rows == 4  # no count is a mystery
+    order = list(range(table.num_rows))
+    rng.shuffle(order)
+    assert pairs.best_and_worst(asked, table.take(pa.array(order, pa.int64())), scores, PairsConfig(), iteration=1)[0].equals(made)
