@@ -4,7 +4,6 @@ Its home is <root>/.prefect, not the user's; nothing calls home. Where a real se
 Run as a module (`python -m flows.server FD`) this file is the child: it serves on the listening socket it was handed.
 """
 
-import importlib.util
 import logging
 import os
 import signal
@@ -20,8 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
-
-log = logging.getLogger("srlm")
 
 PORT = 4200
 """Tried first, so that a browser tab survives a resume; any free port otherwise."""
@@ -42,7 +39,7 @@ QUIET = {
 SERVER = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_API_DATABASE_MIGRATE_ON_START": "false",  # done before, see migrate
-    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # no block is used, and a second is saved
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # no block is used, and a second is saved
     # nothing is scheduled here: what would look for it every few seconds stays off
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
@@ -104,10 +101,13 @@ class PrefectServer:
         if self._child is None:
             return _answers(self.url, 10.0)
         # the kernel keeps the request until the child serves; when the child dies it is refused
-        if _answers(self.url, STARTUP_S):
-            return True
-        log.debug("prefect server log: %s", self.home / "server.log")
-        return False
+        return _answers(self.url, STARTUP_S)
+
+    def last_words(self) -> str:
+        """Return what the child said last, and where the rest is."""
+        path = self.home / "server.log"
+        said = path.read_text(errors="replace").strip().splitlines() if self._child and path.exists() else []
+        return f"{said[-1][:200]} ({path})" if said else ""
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -115,11 +115,15 @@ class PrefectServer:
         if self._child is None:
             yield
             return
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-        with temporary_settings({PREFECT_API_URL: self.url}):
-            yield
-            _drain()
+        # no automation listens for heartbeats here, and each flow would wait a second for its own to end
+        here = {PREFECT_API_URL: self.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with _unheard(), temporary_settings(here):
+            try:
+                yield
+            finally:
+                _drain()
 
     def _start(self, listening: socket.socket) -> subprocess.Popen[bytes]:
         fd = listening.fileno()
@@ -135,11 +139,6 @@ class PrefectServer:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
         return kept | QUIET | SERVER | {"PYTHONPATH": path, "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
-
-
-def installed() -> bool:
-    """Whether Prefect can be imported, without the seconds that it takes."""
-    return importlib.util.find_spec("prefect") is not None
 
 
 def configured_api(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -184,6 +183,20 @@ def _answers(url: str, timeout_s: float) -> bool:
             if not isinstance(getattr(error, "reason", error), InterruptedError):
                 return False
     return False
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep what Prefect says of every run off the terminal: its pages have it, and the console has its own lines."""
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
 
 
 def _drain() -> None:

@@ -85,16 +85,22 @@ def draw(
 
 
 def _finished(name: str, title: str, note: str, svg: str) -> Figure:
-    svg = re.sub(r"<\?xml.*?\?>\s*|<!DOCTYPE.*?>\s*|<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<\?xml.*?\?>\s*|<!DOCTYPE.*?>\s*|<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL
+    )
     svg = svg.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif").strip() + "\n"
     file, inline = svg, svg
     for stand_in, (variable, colour) in _COLOURS.items():
         file, inline = file.replace(stand_in, colour), inline.replace(stand_in, f"var({variable})")
     file = re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', file, count=1)
+    # a style inside the page would reach beyond its figure; the page has this one itself
+    inline = re.sub(r"\s*<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>", "", inline)
     # ids are unique in a file, and must be in a page of several
     inline = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", inline)
     inline = re.sub(r' xmlns(:\w+)?="[^"]*"', "", inline)
-    inline = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', inline, count=1)
+    inline = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', inline, count=1
+    )
     return Figure(name, title, note, file, inline)
 
 
@@ -143,7 +149,9 @@ def judge_accuracy(found: Summary) -> Figure | None:
                 fmt=shape, color=colour, markersize=5, capsize=3, elinewidth=1.3, label=label,
             )  # fmt: skip
         axes.axhline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        axes.annotate("guessing", (1, 0.5), (4, 0), ("axes fraction", "data"), "offset points", va="center", color=FAINT)
+        axes.annotate(
+            "guessing", (1, 0.5), (4, 0), ("axes fraction", "data"), "offset points", va="center", color=FAINT
+        )
         axes.set_xticks(places, [model for model, _ in shown])
         axes.set_xlim(-0.5, len(shown) - 0.5)
         axes.set_ylabel("share of held-out pairs")
@@ -203,7 +211,7 @@ def response_length(tokens: Mapping[str, Sequence[int]]) -> Figure | None:
         axes.set_xlabel("tokens")
         axes.grid(axis="x")
 
-    note = "Answers to the evaluation prompts: box from 25 to 75 %, whiskers from 5 to 95 %, line = median, diamond = mean."
+    note = "Answers to the evaluation prompts: box 25 to 75 %, whiskers 5 to 95 %, line = median, diamond = mean."
     return draw("response_length", "Length of responses", note, paint, size=(7.2, 0.9 + 0.38 * len(shown)))
 
 
@@ -235,7 +243,9 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
             for (model, rows), colour in zip(group.items(), _SERIES * 4, strict=False):
                 points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
                 few = {"marker": "o", "markersize": 3} if len(points) < 12 else {}
-                axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.4, label=model, **few)
+                axes.plot(
+                    [x for x, _ in points], [y for _, y in points], color=colour, linewidth=1.4, label=model, **few
+                )
             if level is not None:
                 axes.axhline(level, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             axes.set_title(title)
@@ -266,7 +276,16 @@ def head_to_head(matches: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figure
                 axes.barh(place, share, left=left, color=colour, height=0.6, label=key if place == 0 else None)
                 if share >= 0.08:
                     ink = INK if key == "tie" else PAGE
-                    axes.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", color=ink, fontsize=8)
+                    axes.text(
+                        left + share / 2,
+                        place,
+                        f"{share:.0%}",
+                        ha="center",
+                        va="center",
+                        color=ink,
+                        fontsize=8,
+                        zorder=4,
+                    )
                 left += share
         axes.set_yticks(range(len(shown)), labels)
         axes.tick_params(axis="y", labelcolor=INK)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from srlm_core.config import RunConfig
@@ -44,19 +45,19 @@ def policies(found: Summary) -> list[str]:
 # --- what they say --------------------------------------------------------------------------------------------------
 
 
-def headline(found: Summary, matches: Matches, by_length: Matches, judge: str | None) -> list[str]:
-    """Say in sentences what happened: is the judge better, is the policy better, or only longer or more generous?"""
-    sentences = [
-        *_what_it_was(found),
-        *_first_judge(found),
-        *_change_of_judge(found),
-        *_who_wins(found, matches, judge),
-        *_longer_or_better(found, by_length),
-        *_generosity(found),
-    ]
+def headline(found: Summary, matches: Matches, by_length: Matches, judge: str | None) -> list[tuple[str, str]]:
+    """Say in a few sentences what happened, each group with what it is about."""
+    what = _what_it_was(found)
     if found.config and found.config.engine.kind == "scripted":
-        sentences.append("All of this was made by the scripted engine: it shows that the loop runs, and nothing about models.")
-    return sentences
+        what.append("The scripted engine made all of this: it shows that the loop runs, and nothing about models.")
+    said = {
+        "In short": what,
+        "The judge": [*_first_judge(found), *_change_of_judge(found)],
+        "Who wins": _who_wins(found, matches, judge),
+        "Longer or better": _longer_or_better(found, by_length),
+        "Kinder or better": _generosity(found),
+    }
+    return [(about, " ".join(sentences)) for about, sentences in said.items() if sentences]
 
 
 def _what_it_was(found: Summary) -> list[str]:
@@ -65,14 +66,14 @@ def _what_it_was(found: Summary) -> list[str]:
     if not pairs:
         return [f"This campaign{of} has made no pairs yet."]
     made = " and ".join(f"{count} in iteration {t} (for M{t + 1})" for t, count in pairs.items())
-    return [f"A self-rewarding campaign{of}: the model judged its own responses and made {made} of the pairs it trains on."]
+    return [f"In this campaign{of} the model made its own pairs to train on: {made}."]
 
 
 _ACCURACY = "evaluation/judge_pairwise_accuracy"
 _HALF = f"{_ACCURACY}_tie_half"
 _THAN_GUESSING = {
     1: "which is better than guessing (0.5)",
-    0: "which two standard errors cannot tell from guessing (0.5)",
+    0: "which cannot be told from guessing (0.5)",
     -1: "which is worse than guessing (0.5)",
 }
 
@@ -86,19 +87,19 @@ def _first_judge(found: Summary) -> list[str]:
     if strict is None or half is None:
         return [f"{first} could not be measured as a judge: none of its held-out judgments made a pair of scores."]
     text = (
-        f"As a judge, {first} puts {strict} of held-out pairs in the order that people gave them, a tie counted as wrong; "
-        f"with ties as halves it is {half}, {_THAN_GUESSING[half.beside(0.5)]}."
+        f"As a judge, {first} puts {strict} of held-out pairs in the order that people gave them, counting ties as "
+        f"wrong; with ties as halves it is {half}, {_THAN_GUESSING[half.beside(0.5)]}."
     )
     if longer is None:
         return [text]
     gap = half.value - longer.value
     apart = abs(gap) > 2 * math.hypot(half.stderr, longer.stderr)
-    than = ("more than" if gap > 0 else "less than") if apart else "which its own score cannot be told from:"
-    beside = (
-        f"Always preferring the longer response scores {longer} on the same pairs"
-        + (f"; the judge knows {than} that." if apart else ", and the judge cannot be told from that.")
+    against = (
+        f"the judge does {'better' if gap > 0 else 'worse'} than that"
+        if apart
+        else "the judge cannot be told from that"
     )
-    return [text, beside]
+    return [text, f"Always preferring the longer response scores {longer} on the same pairs: {against}."]
 
 
 def _change_of_judge(found: Summary) -> list[str]:
@@ -148,15 +149,19 @@ def _longer_or_better(found: Summary, by_length: Matches) -> list[str]:
     if not before or after is None:
         return []
     change = after / before - 1
-    size = "are as long as" if abs(change) < 0.05 else f"are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than"
-    text = f"Its answers {size} those of {first} ({after:.0f} tokens on average, against {before:.0f})"
+    size = (
+        f"are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than"
+        if abs(change) >= 0.05
+        else "are as long as"
+    )
+    text = f"The answers of {last} {size} those of {first} ({after:.0f} tokens on average, against {before:.0f})"
     for other in _opponents(found, by_length):
         split = by_length[last, other]
         longer, rest = (Measured(**split[name]) if split[name]["n"] else None for name in ("longer", "not_longer"))
         if longer and rest:
             return [
-                f"{text}; against {other} it scores {longer} where its answer is the longer one and {rest} where it is not, "
-                f"{_what_length_did(longer, rest)}."
+                f"{text}; against {other} it scores {longer} where its answer is the longer one and {rest} where it is "
+                f"not, {_what_length_did(longer, rest)}."
             ]
     return [f"{text}."]
 
@@ -165,7 +170,7 @@ def _what_length_did(longer: Measured, rest: Measured) -> str:
     if rest.beside(0.5) > 0:
         return "so it wins without being longer, too"
     if longer.beside(0.5) > 0:
-        return "so what it wins, it wins where it is longer"
+        return "so a win can be shown only where it is longer"
     return "too few of either to say which of the two it is"
 
 
@@ -176,11 +181,14 @@ def _generosity(found: Summary) -> list[str]:
     first, last = min(own), max(own)
     before, after = (measured(found.of_model.get(f"M{t}", {}), "evaluation/score_mean") for t in (first, last))
     rise = Measured(own[last].value - own[first].value, math.hypot(own[first].stderr, own[last].stderr), own[last].n)
-    text = f"The scores that it gives its own responses move by {spell(rise.value, rise.stderr, form='+.2f')} from M{first} to M{last}"
+    moved = spell(rise.value, rise.stderr, form="+.2f")
+    text = f"The scores that the policy gives its own responses move by {moved} from M{first} to M{last}"
     if before is None or after is None:
         return [f"{text}."]
     same = spell(after.value - before.value, math.hypot(before.stderr, after.stderr), form="+.2f")
-    return [f"{text}; on the held-out responses, which do not change, by {same}: that much is generosity, not quality."]
+    return [
+        f"{text}; on the held-out responses, which do not change, by {same}: what moves there is kindness, not quality."
+    ]
 
 
 # --- what looks wrong -----------------------------------------------------------------------------------------------
@@ -195,13 +203,16 @@ def warnings(found: Summary, matches: Matches) -> list[str]:
         if of.get("judgments/tie_rate", 0) > 0.7:
             signs.append(f"Iteration {t}: {of['judgments/tie_rate']:.0%} of the prompts were dropped as ties.")
         if of.get("responses/truncated_rate", 0) > 0.2:
-            signs.append(f"Iteration {t}: {of['responses/truncated_rate']:.0%} of the responses were cut at max_tokens.")
+            signs.append(
+                f"Iteration {t}: {of['responses/truncated_rate']:.0%} of the responses were cut at max_tokens."
+            )
         if of.get("judgments/score_entropy", 3) < 0.5:
-            signs.append(f"Iteration {t}: the judge gives nearly always the same score (entropy {of['judgments/score_entropy']:.2f} bits).")
+            bits = of["judgments/score_entropy"]
+            signs.append(f"Iteration {t}: the judge gives nearly always the same score (entropy {bits:.2f} bits).")
         if of.get("prompts/yield", 1) < 0.3:
             signs.append(f"Iteration {t}: only {of['prompts/yield']:.0%} of the prompts written could be used.")
     loop = policies(found)
-    for before, after in zip(loop, loop[1:], strict=False):
+    for before, after in pairwise(loop):
         key = "evaluation/response_length_tokens_mean"
         a, b = found.of_model[before].get(key), found.of_model[after].get(key)
         if a and b and b > 1.5 * a:
@@ -215,7 +226,7 @@ def warnings(found: Summary, matches: Matches) -> list[str]:
 def _divergence(found: Summary) -> list[str]:
     loop = policies(found)
     signs: list[str] = []
-    for before, after in zip(loop, loop[1:], strict=False):
+    for before, after in pairwise(loop):
         own = [found.of_iteration.get(int(model[1:]), {}).get("judgments/score_mean") for model in (before, after)]
         agreement = [measured(found.of_model[model], _HALF) for model in (before, after)]
         if None in own or None in agreement:
@@ -223,7 +234,7 @@ def _divergence(found: Summary) -> list[str]:
         fall = agreement[0].value - agreement[1].value  # type: ignore[union-attr]
         error = math.hypot(agreement[0].stderr, agreement[1].stderr)  # type: ignore[union-attr]
         if own[1] > own[0] and fall > 2 * error:  # type: ignore[operator]
-            signs.append(f"From {before} to {after} its own scores rise while its agreement with people falls: it flatters itself.")
+            signs.append(f"From {before} to {after} its own scores rise while its agreement with people falls.")
     return signs
 
 
@@ -236,28 +247,29 @@ def cannot_say(found: Summary, matches: Matches, judge: str | None) -> list[str]
     said: list[str] = []
     if config and config.engine.kind == "scripted":
         said.append(
-            "The scripted engine is a rule with one number that training raises by construction. Whatever rises here rises "
-            "because it was written to; it proves the plumbing and nothing about language models."
+            "The scripted engine is a rule with one number, which training raises by construction. What rises here "
+            "rises because it was written to: that proves the plumbing, and nothing about language models."
         )
     said += _about_the_judge(found, matches, judge)
     said += _about_the_sizes(found, matches)
     said.append(
-        "± is one standard error over prompts: two of them either way are about 95 %. It does not hold what another seed "
-        "would change, and with this many numbers on a page one in twenty looks striking by chance."
+        "± is one standard error over prompts; two of them either way are about 95 %. What another seed would change "
+        "is not in it, and of this many numbers on a page one in twenty looks striking by chance."
     )
     if config:
         said.append(
-            f"One seed ({config.seed}), one campaign. Whether the order of the models survives another seed is not known until "
-            "one is run."
+            f"One seed ({config.seed}), one campaign. Whether the order of the models survives another seed is not "
+            "known until one is run."
         )
         said += _about_the_corpus(config) + _about_the_reading(config)
     said.append(
-        "Scores that a model gives its own responses are its own opinion. They may rise because the responses got better, or "
-        "because the judge got kinder; only the held-out pairs and the head-to-heads are outside the loop."
+        "Scores that a model gives its own responses are its own opinion. They may rise because the responses got "
+        "better or because the judge got kinder; only the held-out pairs and the head-to-heads are outside the loop."
     )
     said.append(
-        "Tie rules decide a good part of judge accuracy: a judge with few distinct scores ties often. The headline counts ties as "
-        "wrong, so guessing lies below 0.5 in it; only the variant with ties as halves may be held against 0.5."
+        "Tie rules decide a good part of judge accuracy: a judge with few distinct scores ties often. The headline "
+        "counts ties as wrong, so guessing lies below 0.5 in it; only the number with ties as halves may be held "
+        "against 0.5."
     )
     return said
 
@@ -266,7 +278,10 @@ def _about_the_judge(found: Summary, matches: Matches, judge: str | None) -> lis
     if not matches or judge is None:
         return ["There is no head to head, so nothing here says which model answers better."]
     flips = [tally["flip_rate"]["value"] for tally in matches.values() if tally["flip_rate"]["value"] is not None]
-    unsure = f" It contradicted itself when the two answers changed places in {min(flips):.0%} to {max(flips):.0%} of the prompts." if flips else ""
+    unsure = ""
+    if flips:
+        share = " to ".join(dict.fromkeys((f"{min(flips):.0%}", f"{max(flips):.0%}")))
+        unsure = f" It contradicted itself in {share} of the prompts when the two answers changed places."
     if judge not in found.models:
         return [
             f"The head-to-heads were judged by {judge}, frozen. They show what it prefers; how far that is what people "
@@ -282,28 +297,31 @@ def _about_the_judge(found: Summary, matches: Matches, judge: str | None) -> lis
             f"{verdict[accuracy.beside(0.5)]}."
         )
     return [
-        f"The frozen judge of the head-to-heads is {judge}, {who}. It is no better a judge than what it judges, and it likes "
-        f"what sounds like itself: a win says that the answers moved towards its taste, and very little about whether "
-        f"people would prefer them.{worth}{unsure} For a claim about quality, name a stronger judge (evaluation.judge) or ask people."
+        f"The frozen judge of the head-to-heads is {judge}, {who}. It is no bigger than what it judges, and a model "
+        "likes what sounds like itself: a win says that the answers moved towards its taste, and very little about "
+        f"whether people would prefer them.{worth}{unsure} For a claim about quality, name a stronger judge "
+        "(evaluation.judge) or ask people."
     ]
 
 
 def _about_the_sizes(found: Summary, matches: Matches) -> list[str]:
     said: list[str] = []
     pairs = [int(of[f"{_HALF}_n"]) for of in found.of_model.values() if of.get(f"{_HALF}_n")]
-    groups = [int(of["evaluation/judge_spearman_n"]) for of in found.of_model.values() if of.get("evaluation/judge_spearman_n")]
+    key = "evaluation/judge_spearman_n"
+    groups = [int(of[key]) for of in found.of_model.values() if of.get(key)]
     if pairs and groups:
         said.append(
-            f"Judge accuracy rests on {max(groups)} held-out prompts. Their {max(pairs)} pairs are not independent of one another, which "
-            "is why the errors come from resampling prompts. Pairs with an unreadable score are left out, so models that are "
-            "read less are measured on fewer of them."
+            f"Judge accuracy rests on {max(groups)} held-out prompts. Their {max(pairs)} pairs are not independent of "
+            "one another, which is why the errors come from resampling prompts. Pairs with an unreadable score are "
+            "left out, so a model that is read less often is measured on fewer of them."
         )
     played = [tally["win"]["n"] for tally in matches.values()]
     if played and max(played):
         n = max(played)
         said.append(
-            f"Head-to-heads rest on {n} evaluation prompts with one answer each: a share near one half has a standard error of about "
-            f"{math.sqrt(0.25 / n):.2f}, so nothing nearer to even than {math.sqrt(1 / n):.2f} can be seen."
+            f"Head-to-heads rest on {n} evaluation prompts with one answer each: without ties, a share near one half "
+            f"has a standard error of {math.sqrt(0.25 / n):.2f}, so hardly anything nearer to even than "
+            f"{math.sqrt(1 / n):.2f} can be seen."
         )
     return said
 
@@ -317,8 +335,8 @@ def _about_the_corpus(config: RunConfig) -> list[str]:
     else:
         same = "by the authors of this project"
     return [
-        f"What measures comes from the corpus that ships with this project. Its responses were written and ranked {same}: "
-        "few hands, one taste. Agreement with it is no proof of agreement with people at large."
+        "What measures comes from the corpus that ships with this project. Its responses were written and ranked "
+        f"{same}: few hands, one taste. Agreement with it is no proof of agreement with people at large."
     ]
 
 
@@ -329,8 +347,11 @@ def _about_the_reading(config: RunConfig) -> list[str]:
         said.append(
             f"The loop reads its judge in the form {reading.reading!r}"
             + ("" if reading.justified else ", without a written justification")
-            + ", not as text as the paper does: its readable rate says little, and “readable as text” is the number to compare."
+            + ", not as text as the paper does. Its readable rate says little; “readable as text” is the one to compare."
         )
     if reading.judge == "policy":
-        said.append("The loop's judge is the model being trained, and changes with it: mean scores of different iterations have different judges.")
+        said.append(
+            "The loop's judge is the model being trained and changes with it: mean scores of two iterations have two "
+            "judges."
+        )
     return said

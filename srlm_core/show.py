@@ -137,7 +137,7 @@ def _dropped_prompt(folder: Path, prefix: str) -> dict[str, Any] | None:
 
 
 def stories(folder: Path, prompts_part: Path, prompt_ids: Sequence[str]) -> list[Story]:
-    """Read what happened to some prompts of one part; shards hold whole prompts, so one part of each dataset is read."""
+    """Read what happened to some prompts of one part: shards hold whole prompts, so its namesakes have the rest."""
     iteration, name = prompts_part.parents[1], prompts_part.name
     wanted = ("prompt_id", prompt_ids)
     prompts = {row["prompt_id"]: row for row in _rows(prompts_part, columns=None, wanted=("prompt_id", prompt_ids))}
@@ -199,7 +199,7 @@ def sample(folder: Path, t: int, count: int, seed: int) -> list[Story]:
 
 
 def trained(folder: Path, pair_id: str) -> list[str]:
-    """Say which trainings a pair was in: `M2`, `M2 (held out, chooses among checkpoints)`, `M2 (left out: too_long)`."""
+    """Say which trainings a pair was in: `M2`, `M2 (held out, chooses among checkpoints)`, `M2 (left out: …)`."""
     result: list[str] = []
     for t in summary.iterations(folder):
         iteration, model = folder / f"iter_{t:02d}", f"M{t + 1}"

@@ -539,7 +539,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("judge_accuracy", "judge accuracy", ".2f", "held-out pairs that it orders as people did; a tie is wrong"),
-    Column("judge_accuracy_tie_half", "… ties as halves", ".2f", "the same with a tie as half right: 0.5 is guessing"),
+    Column("judge_accuracy_tie_half", "… ties as halves", ".2f", "the same, a tie as half right: 0.5 is guessing"),
     Column("longer_accuracy", "… of length alone", ".2f", "always preferring the longer response, on the same pairs"),
     Column("text_readable_rate", "readable as text", ".2f", "held-out judgments in the text form that could be read"),
     Column("score_mean", "mean own score", ".2f", "what it gave its own responses, 0 to 5; its own opinion"),
@@ -573,7 +573,7 @@ def cell(row: Mapping[str, Any], column: Column) -> str:
 
 def as_text(table_rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay the table out for a terminal: a line per measure and a column per model: 80 columns hold five."""
-    grid = [["", *(row["model"] for row in table_rows)]]
+    grid = [["", *(_of(row) for row in table_rows)]]
     grid += [[column.label, *(cell(row, column).replace(" ", "") for row in table_rows)] for column in COLUMNS]
     label_width, *widths = [max(len(line[place]) for line in grid) for place in range(len(grid[0]))]
     lines = [
@@ -586,9 +586,14 @@ def as_text(table_rows: Sequence[Mapping[str, Any]]) -> str:
 def as_markdown(table_rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay the table out in Markdown, a row per model."""
     head = ["model", *(column.label for column in COLUMNS)]
-    body = [[escape_markdown(row["model"]), *(cell(row, column) for column in COLUMNS)] for row in table_rows]
+    body = [[escape_markdown(_of(row)), *(cell(row, column) for column in COLUMNS)] for row in table_rows]
     grid = [head, ["---", *("--:" for _ in COLUMNS)], *body]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in grid), "", " ".join(_footnotes(table_rows))])
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    """Name the model of a row; where rows of several campaigns stand side by side they say which."""
+    return f"{row['campaign']}/{row['model']}" if "campaign" in row else row["model"]
 
 
 def _footnotes(table_rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,406 @@
+"""report: a campaign as a page that explains itself, report/index.html, and the same as report/report.md.
+
+Reads the folder and nothing else, so it can be written for a campaign that is half done, and again at any time: the
+same files give the same bytes. What models wrote is untrusted text: escaped, fenced, and on a page without scripts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from srlm_core import evaluation, report_words, settings, store, summary
+from srlm_core.config import RunConfig
+from srlm_core.report_figures import Figure, all_figures
+from srlm_core.show import Story, sample, show, trained, visible
+from srlm_core.summary import Summary
+
+__all__ = ["show", "write_report"]
+
+SAMPLES = 5
+"""Prompts shown per iteration."""
+_SET_ASIDE_SHOWN = 20
+_FORMS_SHOWN = 8
+_TEXT_SHOWN = 20_000
+"""Characters of one text that are shown; the files have all of it."""
+
+
+def write_report(campaign_folder: Path) -> Path:
+    """Write report/index.html, report/report.md and report/figures/*.svg; return the path of the page."""
+    content = gather(campaign_folder)
+    content["figures"] = all_figures(**content["to_draw"])
+    target = campaign_folder / "report"
+    for figure in content["figures"].values():
+        store.write_text(target / "figures" / f"{figure.name}.svg", figure.file)
+    for stale in (target / "figures").glob("*.svg"):
+        if stale.stem not in content["figures"]:
+            stale.unlink()
+    store.write_text(target / "report.md", _markdown().get_template("report_template.md.j2").render(content))
+    page = target / "index.html"
+    store.write_text(page, _html().get_template("report_template.html.j2").render(content))
+    return page
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """Collect everything that both templates show, and under `to_draw` what the figures are drawn from."""
+    found = summary.collect(folder)
+    judge, matches = summary.head_to_heads(folder)
+    answers = {model: _answers(folder, model) for model in found.models}
+    by_length = {pair: _wins_by_length(folder, *pair, answers) for pair in matches}
+    timings = store.read_json(folder / "timings.json") or {}
+    usage = store.read_json(folder / "usage.json") or {}
+    curves = {model: summary.training_curve(folder, model) for model in found.models}
+    tokens = {model: [n_tokens for _, n_tokens in of.values()] for model, of in answers.items()}
+    return {
+        "name": folder.name,
+        "config": found.config,
+        "missing": found.missing,
+        "headline": report_words.headline(found, matches, by_length, judge),
+        "warnings": report_words.warnings(found, matches),
+        "cannot_say": report_words.cannot_say(found, matches, judge),
+        "columns": summary.COLUMNS,
+        "rows": summary.rows(found),
+        "cell": summary.cell,
+        "spell": summary.spell,
+        "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
+        "judges": _judges(found),
+        "matches": _match_rows(matches, by_length),
+        "judge": judge,
+        "trainings": _trainings(folder, found),
+        "usage": _usage(usage, timings),
+        "drops": _drops(folder, found),
+        "attacks": _attacks(folder, found),
+        "set_aside": _set_aside(folder),
+        "samples": _samples(folder, found),
+        "changed": _changed(found.config),
+        "provenance": _flat(store.read_json(folder / "provenance.json") or {}),
+    }
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _answers(folder: Path, model: str) -> dict[str, tuple[int, int]]:
+    """A model's answers to the evaluation prompts: id to (characters, tokens)."""
+    try:
+        rows = store.read_part(folder / "evaluation" / model / "responses" / "part-00000.parquet")
+    except (OSError, pa.ArrowException):
+        return {}
+    return {
+        row["response_id"]: (len(row["response"]), row["n_tokens"])
+        for row in rows.select(["response_id", "response", "n_tokens"]).to_pylist()
+    }
+
+
+def _wins_by_length(
+    folder: Path, newer: str, older: str, answers: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> dict[str, dict[str, Any]]:
+    """Split a head to head by whether the newer model's answer is the longer one, in characters."""
+    try:
+        rows = store.read_part(folder / "evaluation" / "head_to_head" / f"{newer}_vs_{older}" / "part-00000.parquet")
+    except (OSError, pa.ArrowException):
+        rows = pa.table({"target_id": [], "other_id": [], "first": [], "verdict": []})
+    lengths = {answer: n_chars for model in (newer, older) for answer, (n_chars, _) in answers[model].items()}
+    is_longer = [
+        lengths.get(a, 0) > lengths.get(b, 0)
+        for a, b in zip(rows["target_id"].to_pylist(), rows["other_id"].to_pylist(), strict=True)
+    ]
+    longer = rows.filter(pa.array(is_longer, pa.bool_()))
+    rest = rows.filter(pa.array([not value for value in is_longer], pa.bool_()))
+    return {
+        "longer": evaluation.tally(longer)["win_or_half_tie"],
+        "not_longer": evaluation.tally(rest)["win_or_half_tie"],
+    }
+
+
+def _judges(found: Summary) -> list[dict[str, str]]:
+    """The judge measures of every evaluated model, spelled."""
+    names = {
+        "pairwise accuracy": "judge_pairwise_accuracy",
+        "… ties as halves": "judge_pairwise_accuracy_tie_half",
+        "… without ties": "judge_pairwise_accuracy_no_ties",
+        "ties": "judge_tie_rate",
+        "exact order": "judge_exact_match",
+        "5 given to a best": "judge_five_best",
+        "Spearman": "judge_spearman",
+        "Kendall": "judge_kendall",
+        "readable": "readable_rate",
+        "readable as text": "text_readable_rate",
+        "mean score": "score_mean",
+    }
+    return [
+        {"measure": label, **{model: _spelled(of, f"evaluation/{name}") for model, of in found.of_model.items() if of}}
+        for label, name in names.items()
+        if any(f"evaluation/{name}" in of for of in found.of_model.values())
+    ]
+
+
+def _spelled(metrics: Mapping[str, float], name: str) -> str:
+    n = metrics.get(f"{name}_n")
+    return summary.spell(metrics.get(name), metrics.get(f"{name}_stderr"), None if n is None else int(n))
+
+
+def _match_rows(
+    matches: Mapping[tuple[str, str], Mapping[str, Any]], by_length: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    def say(rate: Mapping[str, Any], *, with_n: bool = False) -> str:
+        return summary.spell(rate["value"], rate["stderr"], rate["n"] if with_n else None)
+
+    return [
+        {
+            "match": f"{newer} against {older}",
+            "points": say(tally["win_or_half_tie"], with_n=True),
+            "split": " / ".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
+            "flips": say(tally["flip_rate"]),
+            "longer": say(by_length[newer, older]["longer"], with_n=True),
+            "not_longer": say(by_length[newer, older]["not_longer"], with_n=True),
+        }
+        for (newer, older), tally in matches.items()
+    ]
+
+
+def _trainings(folder: Path, found: Summary) -> list[dict[str, str]]:
+    shown: list[dict[str, str]] = []
+    for model in found.models:
+        of = summary.training_metrics(folder, model)
+        marker = store.read_json(folder / "models" / model / "complete.json") or {}
+        if of:
+            first, last = summary.spell(of.get("training/loss_first")), summary.spell(of.get("training/loss"))
+            shown.append(
+                {
+                    "model": model,
+                    "kind": str(marker.get("kind", "not finished")),
+                    "from": str((marker.get("init_from") or ["–"])[0]),
+                    "reference": str((marker.get("reference") or ["–"])[0]),
+                    "rows": summary.spell(of.get("training/n_rows"), form=".0f"),
+                    "dropped": summary.spell(of.get("training/dropped"), form=".0f"),
+                    "steps": summary.spell(of.get("training/steps"), form=".0f"),
+                    "loss": f"{first} → {last}",
+                    "accuracy": summary.spell(of.get("training/rewards_accuracy")),
+                    "margin": summary.spell(of.get("training/rewards_margin")),
+                    "seconds": summary.spell(of.get("training/seconds"), form=".0f"),
+                }
+            )
+    return shown
+
+
+class Use(NamedTuple):
+    """What one stage asked of the engines, spelled."""
+
+    stage: str
+    requests: str
+    tokens: str
+    tokens_per_request: str
+    seconds: str
+    tokens_per_s: str
+
+
+def _usage(usage: Mapping[str, Mapping[str, float]], timings: Mapping[str, float]) -> dict[str, Any]:
+    """Requests and tokens per stage, and tokens over the clock of the phases that sample."""
+    clock = sum(seconds for name, seconds in timings.items() if name.startswith(("iteration ", "evaluating ")))
+    total = sum(use["tokens"] for use in usage.values())
+    rows = [
+        Use(
+            stage,
+            f"{use['requests']:,.0f}",
+            f"{use['tokens']:,.0f}",
+            f"{use['tokens'] / use['requests']:,.0f}" if use["requests"] else "–",
+            f"{use['seconds']:,.1f}",
+            f"{use['tokens'] / use['seconds']:,.0f}" if use["seconds"] else "–",
+        )
+        for stage, use in usage.items()
+    ]
+    return {"rows": rows, "total": f"{total:,.0f}", "per_s": f"{total / clock:,.0f}" if clock and total else None}
+
+
+def _drops(folder: Path, found: Summary) -> dict[str, Any]:
+    """Count what was left out: a row per stage and reason, a column per place."""
+    places: dict[str, Counter[tuple[str, str]]] = {"bootstrap": summary.count_drops(folder / "bootstrap" / "drops", [])}
+    for t, counts in found.iterations.items():
+        unreadable = {("judgments", f"unreadable: {reason}"): n for reason, n in counts.unreadable.items()}
+        places[f"iteration {t}"] = counts.drops + Counter(unreadable)
+    measuring: Counter[tuple[str, str]] = Counter()
+    for drops in sorted((folder / "evaluation").glob("*/drops")):
+        measuring += summary.count_drops(drops, [])
+    places["evaluation"] = measuring
+    shown = {name: counted for name, counted in places.items() if counted or name.startswith("iteration")}
+    keys = sorted({key for counted in shown.values() for key in counted}, key=lambda key: (_ORDER.get(key[0], 9), key))
+    rows = [
+        {"stage": stage, "reason": reason, "counts": [counted[stage, reason] for counted in shown.values()]}
+        for stage, reason in keys
+    ]
+    return {"places": list(shown), "rows": rows}
+
+
+_ORDER = {stage: place for place, stage in enumerate(("prompts", "responses", "judgments", "pairs", "training"))}
+
+
+def _attacks(folder: Path, found: Summary) -> dict[str, Any]:
+    """The mean shift per model, and the forms that won most from the last model measured."""
+    by_model: dict[str, dict[str, float]] = {}
+    for model in found.models:
+        attacked = (summary.evaluation_results(folder, model) or {}).get("attacks")
+        if attacked:
+            by_model[model] = attacked["by_form"]
+    shifts = [_shift(found.of_model[model]) for model in by_model]
+    if not by_model:
+        return {"shifts": [], "forms": [], "models": [], "last": None}
+    last = list(by_model)[-1]
+    worst = sorted(by_model[last].items(), key=lambda item: (-item[1], item[0]))[:_FORMS_SHOWN]
+    forms = [
+        {"form": form, "shifts": [summary.spell(of.get(form), form="+.2f") for of in by_model.values()]}
+        for form, _ in worst
+    ]
+    return {"shifts": shifts, "forms": forms, "models": list(by_model), "last": last}
+
+
+def _shift(metrics: Mapping[str, float]) -> str:
+    name = "evaluation/attack_shift"
+    return summary.spell(metrics.get(name), metrics.get(f"{name}_stderr"), int(metrics.get(f"{name}_n", 0)), "+.2f")
+
+
+def _set_aside(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the user's files that could not be used."""
+    files = sorted((folder / "bootstrap" / "set_aside").glob("*.json"))
+    read = {path.stem: store.read_json(path) or [] for path in files}
+    return [{"file": name, "count": len(rows), "rows": rows[:_SET_ASIDE_SHOWN]} for name, rows in read.items() if rows]
+
+
+def _samples(folder: Path, found: Summary) -> list[dict[str, Any]]:
+    seed = found.config.seed if found.config else 0
+    drawn = {t: sample(folder, t, SAMPLES, seed) for t in found.iterations}
+    return [
+        {"iteration": t, "of": counts.prompts, "stories": [_told(folder, story) for story in drawn[t]]}
+        for t, counts in found.iterations.items()
+    ]
+
+
+def _told(folder: Path, story: Story) -> dict[str, Any]:
+    """A story laid out for a template."""
+    prompt = story.prompt
+    ids = {"chosen": story.pairs[0]["chosen_id"], "rejected": story.pairs[0]["rejected_id"]} if story.pairs else {}
+    return {
+        "id": prompt["prompt_id"],
+        "source": prompt["source"] + (f", written by {prompt['generator']}" if prompt["generator"] else ""),
+        "title": _shortened(prompt["messages"][-1]["content"], 110),
+        "messages": [{"role": m["role"], "text": _cut(m["content"])} for m in prompt["messages"]],
+        "fate": story.fate(),
+        "trained": [model for pair in story.pairs for model in trained(folder, pair["pair_id"])],
+        "pair": ids,
+        "responses": [_told_response(story, row) for row in story.responses],
+    }
+
+
+def _told_response(story: Story, row: Mapping[str, Any]) -> dict[str, Any]:
+    score = story.scores.get(row["response_id"])
+    return {
+        "number": row["index"] + 1,
+        "text": _cut(row["response"]),
+        "tokens": row["n_tokens"],
+        "cut": row["finish_reason"] == "length",
+        "role": story.role(row["response_id"]),
+        "score": summary.spell(score.mean) if score else None,
+        "left_out": story.why_not(row["response_id"]),
+        "judgments": [
+            {
+                "number": judged["index"] + 1,
+                "judge": judged["judge"],
+                "said": f"{judged['verdict']:g}" if judged["verdict"] is not None else "unreadable",
+                "reason": judged["unreadable_reason"],
+                "text": _cut(judged["text"]),
+            }
+            for judged in story.judged.get(row["response_id"], [])
+        ],
+    }
+
+
+def _shortened(text: str, limit: int) -> str:
+    line = re.sub(r"\s+", " ", text).strip()
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def _cut(text: str) -> str:
+    rest = len(text) - _TEXT_SHOWN
+    return text if rest <= 0 else f"{text[:_TEXT_SHOWN]}\n… ({rest:,} more characters in the file)"
+
+
+def _changed(config: RunConfig | None) -> list[tuple[str, str, str]]:
+    """Settings that differ from the defaults, which are the paper's: name, default, here."""
+    if config is None:
+        return []
+    usual, here = settings.flat(RunConfig()), settings.flat(config)
+    return [(name, _written(usual[name]), _written(here[name])) for name in here if usual.get(name) != here[name]]
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else store.canonical(value).decode()
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    result: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        result += (
+            _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else [(f"{prefix}{key}", _written(inner))]
+        )
+    return result
+
+
+# --- the two forms --------------------------------------------------------------------------------------------------
+
+
+def _html() -> Environment:
+    """Escapes everything; nothing in the page is marked safe but our own figures."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters["figure"] = _inline
+    environment.filters["unbroken"] = lambda text: re.sub(r" (±|=|\(n) ", "\xa0\\1\xa0", text)
+    return environment
+
+
+def _inline(figure: Figure) -> Markup:
+    return Markup(figure.inline)  # drawn by matplotlib, which escapes the labels
+
+
+class _Safe(str):
+    """Markdown that is already safe to write."""
+
+
+def _markdown() -> Environment:
+    """Escapes every value for Markdown; model texts go through `fence`, which nothing inside can close."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, _Safe) else summary.escape_markdown(visible(str(value))),
+    )
+    environment.filters["fence"] = fence
+    environment.filters["prose"] = _prose
+    environment.filters["done"] = _Safe  # what a macro made was escaped inside it
+    return environment
+
+
+def _prose(text: str) -> str:
+    """Our own sentences: only what would be markup in the middle of a line is escaped, so that they stay readable."""
+    return _Safe(re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", visible(text)))
+
+
+def fence(text: str) -> str:
+    """Put a text between fences longer than any run of backticks in it."""
+    text = visible(text)
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    bars = "`" * max(3, longest + 1)
+    return _Safe(f"{bars}text\n{text.rstrip()}\n{bars}")
