@@ -1,4 +1,4 @@
-"""What Prefect shows of a campaign besides its runs: progress, the iteration's report, judge health, sample pairs, links."""
+"""What Prefect shows of a campaign besides its runs: progress, reports, judge health, sample pairs, links."""
 
 import json
 import math
@@ -26,8 +26,8 @@ LONGEST = 500
 class Artifacts:
     """An observer of the loop, inside a flow run.
 
-    Prefect's own helpers are not used: they speak through the client of the run they are called in, which is gone by the
-    time that a thread behind the loop comes to it.
+    Prefect's own helpers are not used: they speak through the client of the run they are called in, which is gone
+    by the time that a thread behind the loop comes to it.
     """
 
     def __init__(self, campaign: Campaign, tracked_at: Callable[[], str | None]) -> None:
@@ -46,7 +46,8 @@ class Artifacts:
         self._behind.close(CLOSE_S)
 
     def _on_shards(self, publish: "Publisher", stage: str, iteration: int, total: int) -> None:
-        bar = Bar(publish, f"progress-{iteration}-{stage}".replace("_", "-"), f"{stage} of iteration {iteration}", total)
+        key = f"progress-{iteration}-{stage}".replace("_", "-")
+        bar = Bar(publish, key, f"{stage} of iteration {iteration}", total)
         self._bars[f"{stage} {iteration}"] = bar
         self._behind.put(bar.show)
 
@@ -59,7 +60,8 @@ class Artifacts:
         if progress.get("event") != "step":
             return
         key = f"progress-training-{model}".lower().replace("_", "-")
-        bar = self._bars.setdefault(f"training {model}", Bar(publish, key, f"training of {model}", progress["total_steps"]))
+        fresh = Bar(publish, key, f"training of {model}", progress["total_steps"])
+        bar = self._bars.setdefault(f"training {model}", fresh)
         if bar.moved(progress["step"]):
             self._behind.put(bar.show)
 
@@ -130,25 +132,29 @@ def iteration_report(publish: Publisher, campaign: Campaign, t: int) -> None:
     lines = [f"| {name} | {value:.4g} |" for name, value in sorted(measured.items())]
     table = "\n".join(["| measure | value |", "|---|---:|", *lines])
     models = summary.as_markdown(summary.table(campaign.folder))
-    text = f"# {campaign.name}: iteration {t}\n\n{models}\n\n## What M{t} made, and what M{t + 1} was trained on\n\n{table}\n"
+    made = f"## What M{t} made, and what M{t + 1} was trained on"
+    text = f"# {campaign.name}: iteration {t}\n\n{models}\n\n{made}\n\n{table}\n"
     publish("markdown", "iteration-report", text, f"Iteration {t} of {campaign.name}")
 
 
 def judge_health(publish: Publisher, campaign: Campaign, t: int) -> None:
     """Show how the judge did in each iteration so far."""
-    rows = [
-        {"iteration": s} | {name.partition("/")[2]: _short(value) for name, value in measured.items() if name.startswith("judgments/")}
-        for s, measured in ((s, summary.iteration_metrics(campaign.folder, s)) for s in range(1, t + 1))
-    ]
-    publish("table", "judge-health", json.dumps(rows), f"{campaign.name}: readable, spread, and whether length sways it")
+    rows: list[dict[str, float | None]] = []
+    for s in range(1, t + 1):
+        measured = summary.iteration_metrics(campaign.folder, s).items()
+        health = {name.partition("/")[2]: _short(value) for name, value in measured if name.startswith("judgments/")}
+        rows.append({"iteration": s} | health)
+    publish("table", "judge-health", json.dumps(rows), f"{campaign.name}: readable, spread, swayed by length")
 
 
 def pair_samples(publish: Publisher, campaign: Campaign, t: int) -> None:
     """Show the first pairs that M_{t+1} was trained on."""
     rows = [
         {
-            "prompt": _cut(schemas.prompt_text(row["messages"])), "chosen": _cut(row["chosen"]), "rejected": _cut(row["rejected"]),
-            "chosen score": _short(row["chosen_score"]), "rejected score": _short(row["rejected_score"]), "pair": row["pair_id"],
+            "prompt": _cut(schemas.prompt_text(row["messages"])),
+            "chosen": _cut(row["chosen"]), "chosen score": _short(row["chosen_score"]),
+            "rejected": _cut(row["rejected"]), "rejected score": _short(row["rejected_score"]),
+            "pair": row["pair_id"],
         }
         for path in store.parts(campaign.iteration(t) / "pairs")[:1]
         for row in store.read_part(path).slice(0, SAMPLES).to_pylist()
@@ -162,5 +168,3 @@ def _cut(text: str) -> str:
 
 def _short(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
-
-

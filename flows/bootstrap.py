@@ -10,5 +10,5 @@ T = TypeVar("T")
 
 @flow(flow_run_name="{name}", validate_parameters=False)
 def bootstrap(name: str, body: Callable[[], T]) -> T:
-    """Train M1 to follow instructions and to judge, and sft_baseline to follow instructions only: M1 without the judge."""
+    """Train M1 to follow instructions and to judge, and sft_baseline to follow instructions only."""
     return body()

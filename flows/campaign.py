@@ -1,4 +1,4 @@
-"""Puts a campaign together: the loop, whoever runs its work, and whoever watches. Imports neither Prefect nor MLflow."""
+"""Puts a campaign together: the loop, who runs its work, who watches. Imports neither Prefect nor MLflow."""
 
 import importlib.util
 import logging
@@ -62,7 +62,8 @@ def _shown(run: Run, server: PrefectServer, tracking: Tracking | None) -> bool:
         log.warning("Prefect cannot be imported, so the campaign runs without it: %s", error)
         return False
     if not server.ready():
-        log.warning("No Prefect server answers at %s, so the campaign runs without it. %s", server.url, server.last_words())
+        told = "No Prefect server answers at %s, so the campaign runs without it. %s"
+        log.warning(told, server.url, server.last_words())
         return False
     with server.settings():
         self_reward.show(run, tracking)
@@ -76,13 +77,11 @@ def _report(campaign: Campaign, what: str, details: dict[str, Any]) -> None:
         try:
             write_report(campaign.folder)
         except Exception as error:  # the seam: days of work are done, and `srlm report` writes it again
-            log.warning("The report could not be written: %s. Everything else is there: srlm report %s", error, campaign.name)
+            log.warning("The report could not be written: %s. All else is there: srlm report %s", error, campaign.name)
 
 
 def _there(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    if importlib.util.find_spec(package) is not None:
+    if sys.modules.get(package) or (package not in sys.modules and importlib.util.find_spec(package)):
         return True
     log.warning("%s is not installed, so the campaign runs without it: pip install srlm[%s]", package, package)
     return False

@@ -17,7 +17,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Size = Annotated[str | None, typer.Option(help="Size of the recipe; see `srlm recipes`.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Override a setting, e.g. responses.n=8. Repeatable.")]
 ModelPath = Annotated[str | None, typer.Option("--model", help="Your own model: a checkpoint folder or hub id.")]
-PromptsFile = Annotated[str | None, typer.Option("--prompts", help="Your own prompts (.jsonl with `prompt`, or .txt), mixed in half and half.")]
+PromptsFile = Annotated[
+    str | None,
+    typer.Option("--prompts", help="Your own prompts (.jsonl with `prompt`, or .txt), mixed in half and half."),
+]
 RUNS = Path("runs")
 
 
@@ -63,7 +66,9 @@ def run(
     model: ModelPath = None,
     prompts: PromptsFile = None,
     redo: Annotated[bool, typer.Option(help="Go on though settings changed; what they change is made again.")] = False,
-    fork: Annotated[str | None, typer.Option(help="Start a campaign of this name that shares what is unchanged.")] = None,
+    fork: Annotated[
+        str | None, typer.Option(help="Start a campaign of this name that shares what is unchanged.")
+    ] = None,
     prefect: Annotated[bool, typer.Option(help="Show the campaign to Prefect.")] = True,
     mlflow: Annotated[bool, typer.Option(help="Record the campaign in MLflow.")] = True,
     as_json: AsJson = False,
@@ -111,14 +116,16 @@ def report(campaign: str, root: Root = RUNS, as_json: AsJson = False) -> None:
     folder = folder_of(root, campaign)
     page = write_report(folder)
     rows = summary.table(folder)
-    typer.echo(json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}")
+    typer.echo(
+        json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}"
+    )
 
 
 @app.command()
 def show(campaign: str, prompt_id: str, root: Root = RUNS) -> None:
     """Show one prompt's way through the house: responses, judgments, scores, pair."""
     from flows.looking import folder_of
-    from srlm_core.report import show as show_prompt
+    from srlm_core.show import show as show_prompt
 
     typer.echo(show_prompt(folder_of(root, campaign), prompt_id))
 
@@ -150,7 +157,9 @@ def evaluate(
     """Measure any model as judge and as policy, with the recipe's evaluation settings."""
     from flows.running import evaluate_model
 
-    results = evaluate_model(_load(recipe, size, sets, model, None), name or f"evaluate-{Path(model).name}", root, model)
+    results = evaluate_model(
+        _load(recipe, size, sets, model, None), name or f"evaluate-{Path(model).name}", root, model
+    )
     typer.echo(json.dumps(results, indent=2) if as_json else _spell(results))
 
 
@@ -158,7 +167,11 @@ def _spell(results: dict[str, Any], indent: str = "") -> str:
     lines: list[str] = []
     for key, value in results.items():
         if isinstance(value, dict) and set(value) == {"value", "stderr", "n"}:
-            told = "not measured" if value["value"] is None else f"{value['value']:.3f} ± {value['stderr']:.3f} (n = {value['n']})"
+            told = (
+                "not measured"
+                if value["value"] is None
+                else f"{value['value']:.3f} ± {value['stderr']:.3f} (n = {value['n']})"
+            )
             lines.append(f"{indent}{key}: {told}")
         elif isinstance(value, dict):
             lines += [f"{indent}{key}:", _spell(value, indent + "  ")]
@@ -169,7 +182,9 @@ def _spell(results: dict[str, Any], indent: str = "") -> str:
 
 @app.command()
 def recipes(
-    settings: Annotated[bool, typer.Option("--settings", help="Print the JSON schema of all settings, for editors.")] = False,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Print the JSON schema of all settings, for editors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes and their sizes."""
@@ -179,7 +194,10 @@ def recipes(
     if settings:
         typer.echo(json.dumps(schema(), indent=2))
         return
-    found = {name: {size: body.get("description", "") for size, body in shipped.read(name).sizes.items()} for name in shipped.names()}
+    found = {
+        name: {size: body.get("description", "") for size, body in shipped.read(name).sizes.items()}
+        for name in shipped.names()
+    }
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

@@ -29,5 +29,5 @@ def side_by_side(folders: list[Path]) -> list[dict[str, Any]]:
     """Return one row per model of each campaign. Raises StoreError where a folder holds none."""
     for folder in folders:
         if not (folder / "config.json").exists():
-            raise StoreError(f"expected a campaign in {folder}, there is none. Look at the folders under {folder.parent}.")
+            raise StoreError(f"expected a campaign in {folder}, there is none. There are others in {folder.parent}.")
     return [{"campaign": folder.name, **row} for folder in folders for row in summary.table(folder)]

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from srlm_core.store import Campaign
 
@@ -80,7 +88,9 @@ class Console:
 
     def _on_shards(self, stage: str, iteration: int, total: int) -> None:
         if self._terminal.is_terminal:
-            self._tasks[f"{stage} {iteration}"] = self._bars.add_task(f"{stage}, iteration {iteration}", total=total, rate="")
+            self._tasks[f"{stage} {iteration}"] = self._bars.add_task(
+                f"{stage}, iteration {iteration}", total=total, rate=""
+            )
 
     def _on_part(self, stage: str, iteration: int, shard: int, path: Path, reused: bool) -> None:
         key = f"{stage} {iteration}"
@@ -113,7 +123,9 @@ class Console:
             self.say(f"{model}: step {step}/{total}, {told}, {left:.0f} s left")
 
     def _on_model(self, model: Any, result: Any, kind: str) -> None:
-        self.say(f"{model.name} is trained: {kind} on {result.n_rows} rows, {result.steps} steps, {result.seconds:.0f} s")
+        self.say(
+            f"{model.name} is trained: {kind} on {result.n_rows} rows, {result.steps} steps, {result.seconds:.0f} s"
+        )
 
     def _on_evaluation(self, model: str, results: dict[str, Any]) -> None:
         if "judge" in results:

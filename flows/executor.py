@@ -1,4 +1,4 @@
-"""The loop's work as Prefect shows it: a sub-flow for each turn, a task run for each shard, nothing cached or stored."""
+"""The loop's work as Prefect shows it: a sub-flow for each turn, a task run for each shard, nothing cached."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -65,7 +65,12 @@ class PrefectExecutor:
 
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         """Run a turn of the loop as a sub-flow, with threads of its own."""
-        return FLOWS[kind].with_options(task_runner=ThreadPoolTaskRunner(self._workers))(name, run)
+        return _with_threads(FLOWS[kind], self._workers)(name, run)
+
+
+def _with_threads(flow: Flow[..., Any], workers: int) -> Flow[..., Any]:
+    runner: Any = ThreadPoolTaskRunner(workers)
+    return flow.with_options(task_runner=runner)
 
 
 def task_for(stage: str) -> Task[..., Any]:
@@ -74,7 +79,8 @@ def task_for(stage: str) -> Task[..., Any]:
 
 
 def _another(stage: str) -> Task[..., Any]:
+    @shard_task(name=stage, retries=1, retry_condition_fn=engine_died)
     def make_shard(name: str, make: Callable[[], T]) -> T:
         return make()
 
-    return shard_task(make_shard, name=stage, retries=1, retry_condition_fn=engine_died)
+    return make_shard

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @flow(flow_run_name="{name}", validate_parameters=False)
 def iteration(name: str, body: Callable[[], T]) -> T:
-    """The model writes prompts, answers each N times, judges its own answers K times, and DPO on its pairs trains the next.
+    """The model writes prompts, answers each N times, judges its answers K times; DPO on its pairs trains the next.
 
     All under one engine: a shard's answers are judged while the next shards are still being sampled.
     """

@@ -36,7 +36,9 @@ def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
     elif config.model.path == DEMO_MODEL:
         parameters, size = DEMO_PARAMETERS, DEMO_BYTES
     else:
-        found = models.describe(models.resolve_model(config.model.path, config.model.revision, root / ".cache" / "models"))
+        found = models.describe(
+            models.resolve_model(config.model.path, config.model.revision, root / ".cache" / "models")
+        )
         parameters, size = found.parameters, found.weight_bytes
     seed = load_seed(config)
     rows = {
@@ -110,9 +112,17 @@ def talk(model: str) -> None:
     from srlm_core.engines.models import resolve_model
     from srlm_core.engines.protocol import Message, Request, Sampling
 
-    path = Path(model) if (Path(model) / "scripted.json").exists() else resolve_model(model, None, Path("runs/.cache/models"))
+    path = (
+        Path(model)
+        if (Path(model) / "scripted.json").exists()
+        else resolve_model(model, None, Path("runs/.cache/models"))
+    )
     config = EngineConfig(kind="scripted" if (path / "scripted.json").exists() else "transformers", context=2048)
-    engine = scripted.ScriptedEngine(config, path) if config.kind == "scripted" else open_engine(config, path, log=Path("runs/chat.log"))
+    engine = (
+        scripted.ScriptedEngine(config, path)
+        if config.kind == "scripted"
+        else open_engine(config, path, log=Path("runs/chat.log"))
+    )
     said: list[Message] = []
     with engine:
         while line := input("you: ").strip():

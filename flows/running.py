@@ -33,7 +33,15 @@ def quiet() -> None:
 
 
 def run_recipe(
-    config: RunConfig, name: str, root: Path, *, redo: bool, fork: str | None, use_prefect: bool, use_mlflow: bool, as_json: bool
+    config: RunConfig,
+    name: str,
+    root: Path,
+    *,
+    redo: bool,
+    fork: str | None,
+    use_prefect: bool,
+    use_mlflow: bool,
+    as_json: bool,
 ) -> None:
     """Run a campaign from the command line, and say at the end where everything is."""
     from flows.console import Console
@@ -49,7 +57,9 @@ def run_recipe(
         name, redo = fork, True
     with Campaign(root, name) as campaign, Console(campaign, as_json=as_json) as console:
         agree(campaign, config, redo=redo)
-        console.say(f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, {describe_engine(config.engine)}")
+        console.say(
+            f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, {describe_engine(config.engine)}"
+        )
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
@@ -57,7 +67,9 @@ def run_recipe(
         page = write_report(campaign.folder)
         rows = summary.table(campaign.folder)
     if as_json:
-        sys.stdout.write(json.dumps({"campaign": str(campaign.folder), "report": str(page), "models": rows}, indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps({"campaign": str(campaign.folder), "report": str(page), "models": rows}, indent=2) + "\n"
+        )
     else:
         console.farewell(rows, page, root)
 

@@ -1,14 +1,25 @@
 """Self-rewarding language models as a flow: bootstrap, iterations, evaluation (arXiv:2401.10020).
 
-    M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
+M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow, runtime
+from prefect import flow, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterName,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
+from prefect.states import Crashed
 from pydantic import AfterValidator, Field
 
 from flows.artifacts import Artifacts
@@ -42,7 +53,7 @@ def _override(text: str) -> str:
 
 
 def _run_name() -> str:
-    asked = runtime.flow_run.parameters
+    asked = flow_run.parameters
     return asked["name"] or default_name(asked["recipe"], recipes.load(asked["recipe"], asked["size"]))
 
 
@@ -51,16 +62,24 @@ def default_name(recipe: str, config: RunConfig) -> str:
     return recipe if recipe in recipes.SHORTCUTS else f"{config.recipe}-{config.size}"
 
 
+Recipe = Annotated[str, AfterValidator(_known_recipe), Field(description="A recipe, or the path of a TOML file.")]
+Size = Annotated[str | None, Field(description="smoke, demo, small, node, paper; empty: the recipe's own.")]
+Name = Annotated[str, Field(description="The same name again goes on with a campaign. Empty: recipe and size.")]
+Overrides = Annotated[
+    list[Annotated[str, AfterValidator(_override)]], Field(description="Settings as key=value: responses.n=8")
+]
+Root = Annotated[str, Field(description="Folder of all campaigns, shared by the machines that work on them.")]
+Redo = Annotated[bool, Field(description="Go on though settings changed; what they change is made again.")]
+
+
 @flow(name="self-reward", flow_run_name=_run_name)
 def self_reward(
-    recipe: Annotated[str, AfterValidator(_known_recipe), Field(description="A recipe, or the path of a TOML file.")] = "self_rewarding",
-    size: Annotated[str | None, Field(description="smoke, demo, small, node, paper; empty: the recipe's own.")] = None,
-    name: Annotated[str, Field(description="The same name again goes on with a campaign. Empty: recipe and size.")] = "",
-    overrides: Annotated[
-        list[Annotated[str, AfterValidator(_override)]], Field(description="Settings as key=value: responses.n=8")
-    ] = [],  # noqa: B006 - the form needs the empty list, nothing changes it
-    root: Annotated[str, Field(description="Folder of all campaigns, shared by the machines that work on them.")] = "runs",
-    redo: Annotated[bool, Field(description="Go on though settings changed; what they change is made again.")] = False,
+    recipe: Recipe = "self_rewarding",
+    size: Size = None,
+    name: Name = "",
+    overrides: Overrides = [],  # noqa: B006 - the form needs the empty list, nothing changes it
+    root: Root = "runs",
+    redo: Redo = False,
 ) -> None:
     """Let a language model improve itself by its own judgments: bootstrap, iterations, evaluation."""
     run = _prepared.get()
@@ -82,13 +101,30 @@ def show(run: Run, tracking: Tracking | None) -> None:
     run.observers = [*run.observers, _Introduction(tracking), artifacts]
     token = _prepared.set(run)
     try:
+        _close_dead_runs(run)
         if FlowRunContext.get() is not None:
             loop.self_reward(run)
         else:
-            self_reward(**_asked(run))
+            self_reward(*_asked(run))
     finally:
         _prepared.reset(token)
         artifacts.close()
+
+
+def _close_dead_runs(run: Run) -> None:
+    """Mark what an earlier process left running: we hold the campaign's lock, so nobody works on it any more."""
+    current = FlowRunContext.get()
+    ours = current.flow_run.id if current and current.flow_run else None
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    message = "Its process ended without a word. The campaign goes on in a later run."
+    with suppress(Exception), get_client(sync_client=True) as client:  # the seam: only tidiness is at stake
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[run.campaign.name]), state=running)
+        for dead in client.read_flow_runs(flow_run_filter=named):
+            if dead.id != ours and dead.parameters.get("root") == str(run.campaign.root):
+                parent = FlowRunFilterParentFlowRunId(any_=[dead.id])
+                turns = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=running))
+                for left in [*turns, dead]:
+                    client.set_flow_run_state(left.id, Crashed(message=message), force=True)
 
 
 class _Introduction:
@@ -99,19 +135,20 @@ class _Introduction:
 
     def __call__(self, what: str, details: dict[str, object]) -> None:
         if self._tracking is not None:
-            top = runtime.flow_run.root_flow_run_id or runtime.flow_run.id
-            self._tracking.note(**{"prefect.flow_run_id": str(top), "prefect.url": str(runtime.flow_run.ui_url)})
+            top = str(flow_run.root_flow_run_id or flow_run.id)
+            pages, _, _ = str(flow_run.ui_url).rpartition("/")
+            self._tracking.note(**{"prefect.flow_run_id": top, "prefect.url": f"{pages}/{top}"})
             self._tracking = None
 
 
-def _asked(run: Run) -> dict[str, object]:
+def _asked(run: Run) -> tuple[str, str | None, str, list[str], str]:
     """Spell a resolved campaign as the form would: what differs from its recipe becomes overrides."""
     config = run.config
     try:
         base = settings.flat(recipes.load(config.recipe, config.size))
     except ConfigError:  # a recipe of the user's own
-        base = settings.flat(RunConfig())
+        base = settings.flat(recipes.load("self_rewarding"))
     changed = {name: value for name, value in settings.flat(config).items() if base.get(name) != value}
     overrides = [f"{name}={value}" for name, value in changed.items() if name not in ("recipe", "size")]
     recipe = config.recipe if config.recipe in recipes.names() else "self_rewarding"
-    return {"recipe": recipe, "size": config.size, "name": run.campaign.name, "overrides": overrides, "root": str(run.campaign.root)}
+    return recipe, config.size, run.campaign.name, overrides, str(run.campaign.root)

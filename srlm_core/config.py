@@ -168,7 +168,9 @@ class JudgmentsConfig(Settings):
                 f"judgments.k={self.k} with justified=false: without a justification all passes are equal. Set judgments.k=1."
             )
         if self.min_valid is not None and self.min_valid > self.k:
-            raise ValueError(f"judgments.min_valid={self.min_valid} is more than judgments.k={self.k}: no response would have a score.")
+            raise ValueError(
+                f"judgments.min_valid={self.min_valid} is more than judgments.k={self.k}: no response would have a score."
+            )
         return self
 
     @property
@@ -309,8 +311,10 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _budgets_fit_the_context(self) -> "RunConfig":
         for name, sampling in (
-            ("prompts", self.prompts.sampling), ("responses", self.responses.sampling),
-            ("judgments", self.judgments.sampling), ("evaluation", self.evaluation.sampling),
+            ("prompts", self.prompts.sampling),
+            ("responses", self.responses.sampling),
+            ("judgments", self.judgments.sampling),
+            ("evaluation", self.evaluation.sampling),
         ):
             if sampling.max_tokens >= self.engine.context:
                 raise ValueError(

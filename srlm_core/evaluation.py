@@ -68,9 +68,7 @@ def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
     Pairs in which a score is missing, or that humans rank equal, are left out. Scores 5, 4, 4 in human order:
     2 of 3 pairs correct, 1 tie, not exact, Spearman 0.866, tau-b 0.816.
     """
-    pairs = [
-        (a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank
-    ]
+    pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank]
     better_first = [(a, b) if a.rank < b.rank else (b, a) for a, b in pairs]
     read = [(a, b) for a, b in better_first if a.score is not None and b.score is not None]
     scored = [response for response in group if response.score is not None]
@@ -143,7 +141,9 @@ def _bootstrapped(
 def group_tasks(groups: Iterable[Mapping[str, Any]]) -> list[judgments.Task]:
     """Lay out ranked groups for the judge, all responses of a prompt together."""
     return [
-        judgments.Task(response_key(group["prompt"], response["text"]), digest(group["prompt"]), group["prompt"], response["text"])
+        judgments.Task(
+            response_key(group["prompt"], response["text"]), digest(group["prompt"]), group["prompt"], response["text"]
+        )
         for group in groups
         for response in group["responses"]
     ]
@@ -157,7 +157,10 @@ def response_key(prompt: str, text: str) -> str:
 def ranked(groups: Iterable[Mapping[str, Any]], scores: Mapping[str, float]) -> list[list[Ranked]]:
     """Join a judge's scores to ranked groups, by id."""
     return [
-        [Ranked(r["rank"], scores.get(response_key(group["prompt"], r["text"])), len(r["text"])) for r in group["responses"]]
+        [
+            Ranked(r["rank"], scores.get(response_key(group["prompt"], r["text"])), len(r["text"]))
+            for r in group["responses"]
+        ]
         for group in groups
     ]
 
@@ -231,12 +234,14 @@ def _attack_key(attack: Mapping[str, Any], name: str) -> str:
 
 def attack_shift(attacks: Sequence[Mapping[str, Any]], scores: Mapping[str, float]) -> dict[str, Any]:
     """Return the mean shift in score that the attacks won, rubric points, and the shift of each form."""
-    shifts: dict[str, float] = {}
+    shifts: list[tuple[str, float]] = []
     for attack in attacks:
         plain, attacked = (scores.get(_attack_key(attack, name)) for name in ("plain", "attacked"))
         if plain is not None and attacked is not None:
-            shifts[attack["form"]] = attacked - plain
-    return {"shift": rate(list(shifts.values()))._asdict(), "n_attacks": len(attacks), "by_form": shifts}
+            shifts.append((attack["form"], attacked - plain))
+    forms = dict.fromkeys(form for form, _ in shifts)
+    by_form = {form: rate([shift for name, shift in shifts if name == form]).value for form in forms}
+    return {"shift": rate([shift for _, shift in shifts])._asdict(), "n_attacks": len(attacks), "by_form": by_form}
 
 
 # --- head to head ---------------------------------------------------------------------------------------------------
@@ -270,11 +275,7 @@ def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
 def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tuple[pa.Table, pa.Table]:
     """Judge each match in both orders; rows JUDGMENTS (form pairwise) whose verdict is p(first is better), and DROPS."""
     rubric = judgments.load_rubric("pairwise", justified=None)
-    shown = {
-        f"{order}/{match.prompt_id}": (match, order)
-        for match in played
-        for order in ("ab", "ba")
-    }
+    shown = {f"{order}/{match.prompt_id}": (match, order) for match in played for order in ("ab", "ba")}
     requests = [
         Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
         for key, (match, order) in shown.items()

@@ -101,7 +101,9 @@ def load_rubric(name: str, *, justified: bool | None) -> Rubric:
         template = template.replace("{{format}}", form.strip())
         for placeholder in ("{{prompt}}", "{{response}}"):
             if placeholder not in template:
-                raise ConfigError(f"judgments.rubric {name!r}: expected the placeholder {placeholder}, it is not there.")
+                raise ConfigError(
+                    f"judgments.rubric {name!r}: expected the placeholder {placeholder}, it is not there."
+                )
     return Rubric(path.stem, template)
 
 
@@ -298,7 +300,10 @@ def scores(judgments: pa.Table, *, k: int, required: int) -> dict[str, Score]:
     """
     verdicts: dict[str, list[float]] = defaultdict(list)
     for target, index, verdict in zip(
-        judgments["target_id"].to_pylist(), judgments["index"].to_pylist(), judgments["verdict"].to_pylist(), strict=True
+        judgments["target_id"].to_pylist(),
+        judgments["index"].to_pylist(),
+        judgments["verdict"].to_pylist(),
+        strict=True,
     ):
         if verdict is not None and index < k:
             verdicts[target].append(verdict)

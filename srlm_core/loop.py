@@ -1,6 +1,6 @@
 """The loop, once: bootstrap, iterate, evaluate, report. Executors run its work, observers watch it, the files hold it.
 
-    M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
+M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
 import logging
@@ -350,7 +350,9 @@ def _make_part(
         for name in inputs:
             tables[f"drops:{name}"] = store.read_part(store.drops_path(folder, name, shard.number))
         engine = lend(model).stage(step.makes) if model else _NO_ENGINE
-        filled = Shard(**{**vars(shard), "engine": engine, "kept": shard.kept.copy(), "inputs": tables, "present": present})
+        filled = Shard(
+            **{**vars(shard), "engine": engine, "kept": shard.kept.copy(), "inputs": tables, "present": present}
+        )
         return step.run(filled)
 
     made = materialize(path, made_from, make, drops=drops, passes=step.passes(run.config))
@@ -481,7 +483,9 @@ def _train_again(
     attempts = len(list(run.campaign.logs.glob(f"training_{name}_*.log")))
     progress = partial(run.tell, "training", model=name)
     result = run.backend.train(
-        job, log=run.campaign.logs / f"training_{name}_{attempts + 1}.log", on_progress=lambda event: progress(progress=event)
+        job,
+        log=run.campaign.logs / f"training_{name}_{attempts + 1}.log",
+        on_progress=lambda event: progress(progress=event),
     )
     _keep_training_log(result, work_dir, folder, name, made_from)
     return result
@@ -493,11 +497,12 @@ def _work_dir(folder: Path, name: str) -> Path:
 
 def _keep_training_log(result: TrainingResult, work_dir: Path, folder: Path, name: str, made_from: str) -> None:
     """Keep the curve as a table, and the rows that were too long among the drops."""
+    t = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
     columns = sorted({key for row in result.log for key in row})
     curve = pa.table({key: pa.array([row.get(key) for row in result.log]) for key in columns})
     store.write_part(work_dir / "log.parquet", curve, made_from)
     drops = [
-        {"id": row_id, "stage": "training", "reason": reason, "iteration": 0, "detail": f"{name}: {n_tokens} tokens"}
+        {"id": row_id, "stage": "training", "reason": reason, "iteration": t, "detail": f"{name}: {n_tokens} tokens"}
         for row_id, reason, n_tokens in result.dropped
     ]
     store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)
@@ -562,7 +567,13 @@ def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
     """What the judgments of these tasks are made from."""
     step = next(step for step in METHODS["self_rewarding"].steps if step.makes == "judgments")
     k = config.judgments.k
-    return [k, judgments.VERSION, settings.pick(config, step.settings), step.texts(config), [list(task) for task in tasks]]
+    return [
+        k,
+        judgments.VERSION,
+        settings.pick(config, step.settings),
+        step.texts(config),
+        [list(task) for task in tasks],
+    ]
 
 
 def _measure(
@@ -576,7 +587,9 @@ def _measure(
 ) -> Made:
     """Make one table of an evaluation, or find it made."""
     engine = settings.pick(run.config, settings.ENGINE)
-    made_from = digest("evaluation", evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32)
+    made_from = digest(
+        "evaluation", evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32
+    )
     made = materialize(
         part_path(folder / name, 0),
         made_from,
@@ -637,10 +650,13 @@ def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> 
         lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
         pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
     results = {
-        name: evaluation.tally(store.read_part(work.result().path), lengths) for name, (work, lengths) in pending.items()
+        name: evaluation.tally(store.read_part(work.result().path), lengths)
+        for name, (work, lengths) in pending.items()
     }
     if results:
-        store.write_json(folder / "head_to_head" / "results.json", {"judge": judge.name, "comparisons": results})
+        digests = {name: run.model(name).digest for name in answers}
+        told = {"judge": judge.name, "judge_digest": judge.digest, "digests": digests, "comparisons": results}
+        store.write_json(folder / "head_to_head" / "results.json", told)
         run.tell("evaluation", model="head_to_head", results=results)
 
 

@@ -53,7 +53,13 @@ def best_and_worst(
     for prompt in prompts.to_pylist():
         chosen_rejected, reason = _select(candidates[prompt["prompt_id"]], scores, config)
         if chosen_rejected is None:
-            row = {"id": prompt["prompt_id"], "stage": "pairs", "reason": reason, "iteration": iteration, "detail": None}
+            row = {
+                "id": prompt["prompt_id"],
+                "stage": "pairs",
+                "reason": reason,
+                "iteration": iteration,
+                "detail": None,
+            }
             drops.append(row)
         else:
             rows.append(_row(prompt, *chosen_rejected, scores, iteration))

@@ -38,7 +38,9 @@ def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
     return Hardware(f"{cores} CPU cores", 35e9 * cores, 50e9 * cores, 1)
 
 
-def plan(config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, seed_rows: dict[str, int]) -> list[Line]:
+def plan(
+    config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, seed_rows: dict[str, int]
+) -> list[Line]:
     """Return requests, tokens, memory, disk and hours. `seed_rows`: ift, eft (responses), evaluation, heldout (responses)."""
     its, n, k, target = config.iterations, config.responses.n, config.judgments.k, config.prompts.target
     asked = round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
@@ -52,7 +54,9 @@ def plan(config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardw
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
     generated = its * (asked * config.prompts.sampling.max_tokens * ASSUMED_FILL + target * n * (answer + k * written))
-    read = its * (asked * 300 + target * ASSUMED_PROMPT_TOKENS + target * n * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + answer))
+    read = its * (
+        asked * 300 + target * ASSUMED_PROMPT_TOKENS + target * n * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + answer)
+    )
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (RUBRIC_TOKENS + 80 + written))
     lines += [
         Line("tokens generated", generated, "tokens", f"completions at {ASSUMED_FILL:.0%} of max_tokens"),
@@ -62,7 +66,14 @@ def plan(config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardw
     epochs = config.training.sft.epochs
     sft = epochs * (2 * seed_rows["ift"] * 120 + seed_rows["eft"] * (RUBRIC_TOKENS + 120))
     dpo = its * config.training.dpo.epochs * target * 0.6 * 2 * (ASSUMED_PROMPT_TOKENS + answer)
-    lines.append(Line("tokens trained on", sft + dpo, "tokens", "SFT twice (baseline, M1) + DPO on 60 % of the prompts, both sides"))
+    lines.append(
+        Line(
+            "tokens trained on",
+            sft + dpo,
+            "tokens",
+            "SFT twice (baseline, M1) + DPO on 60 % of the prompts, both sides",
+        )
+    )
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 
 

@@ -213,7 +213,15 @@ def take(
 
 
 def write(
-    engine: Engine, kept: Kept, config: PromptsConfig, *, wanted: int, iteration: int, shard: int, generator: str, seed: int
+    engine: Engine,
+    kept: Kept,
+    config: PromptsConfig,
+    *,
+    wanted: int,
+    iteration: int,
+    shard: int,
+    generator: str,
+    seed: int,
 ) -> tuple[pa.Table, pa.Table]:
     """Have the engine write `wanted` new prompts, or as many as the limit of attempts allows; rows PROMPTS and DROPS.
 
@@ -245,7 +253,9 @@ def _request(kept: Kept, config: PromptsConfig, iteration: int, shard: int, numb
 def _sift(completion: Completion, made: _Shard, kept: Kept, config: PromptsConfig, wanted: int) -> None:
     tasks = read_tasks(completion, config)
     if not tasks:
-        made.drop(completion.request_id, "unfinished" if completion.finish_reason != "stop" else "empty", completion.text)
+        made.drop(
+            completion.request_id, "unfinished" if completion.finish_reason != "stop" else "empty", completion.text
+        )
     for number, task in enumerate(tasks):
         reason = unusable(task, config) or kept.similarity.nearest(task)
         if reason is None and len(made.rows) >= wanted:

@@ -155,7 +155,7 @@ def _match_rows(
         {
             "match": f"{newer} against {older}",
             "points": say(tally["win_or_half_tie"], with_n=True),
-            "split": " / ".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
+            "split": "\xa0/\xa0".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
             "flips": say(tally["flip_rate"]),
             "longer": say(by_length[newer, older]["longer"], with_n=True),
             "not_longer": say(by_length[newer, older]["not_longer"], with_n=True),
@@ -310,8 +310,7 @@ def _told_response(story: Story, row: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "number": judged["index"] + 1,
                 "judge": judged["judge"],
-                "said": f"{judged['verdict']:g}" if judged["verdict"] is not None else "unreadable",
-                "reason": judged["unreadable_reason"],
+                "said": story.said(judged),
                 "text": _cut(judged["text"]),
             }
             for judged in story.judged.get(row["response_id"], [])
@@ -333,7 +332,7 @@ def _changed(config: RunConfig | None) -> list[tuple[str, str, str]]:
     """Settings that differ from the defaults, which are the paper's: name, default, here."""
     if config is None:
         return []
-    usual, here = settings.flat(RunConfig()), settings.flat(config)
+    usual, here = settings.flat(RunConfig.model_validate({})), settings.flat(config)
     return [(name, _written(usual[name]), _written(here[name])) for name in here if usual.get(name) != here[name]]
 
 
@@ -364,7 +363,7 @@ def _html() -> Environment:
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters["figure"] = _inline
-    environment.filters["unbroken"] = lambda text: re.sub(r" (±|=|\(n) ", "\xa0\\1\xa0", text)
+    environment.filters["unbroken"] = lambda text: text.replace(" ± ", "\xa0±\xa0").replace("(n = ", "(n\xa0=\xa0")
     return environment
 
 

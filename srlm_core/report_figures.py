@@ -32,7 +32,6 @@ _COLOURS = {
 
 _SERIES = (MAIN, SECOND, GOOD, BAD, FAINT, EVEN)
 _STYLE: dict[str, Any] = {
-    "svg.hashsalt": "srlm",
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
@@ -75,7 +74,8 @@ def draw(
     name: str, title: str, note: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (7.2, 2.9)
 ) -> Figure:
     """Draw one figure, `size` in inches. Equal input gives equal bytes."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"srlm {name}"}):
+    style: Any = {**_STYLE, "svg.hashsalt": f"srlm {name}"}
+    with matplotlib.rc_context(style):
         canvas = Canvas(figsize=size, layout="constrained")
         FigureCanvasSVG(canvas)
         paint(canvas)
@@ -158,7 +158,7 @@ def judge_accuracy(found: Summary) -> Figure | None:
         axes.grid(axis="y")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
 
-    note = "Held-out pairs in the order that people gave them, ± one standard error (prompts resampled)."
+    note = "Held-out pairs put in the order of their ranking, ± one standard error (prompts resampled)."
     return draw("judge_accuracy", "Judge accuracy", note, paint)
 
 

@@ -38,7 +38,7 @@ def measured(metrics: Mapping[str, float], name: str) -> Measured | None:
 
 
 def policies(found: Summary) -> list[str]:
-    """The models of the loop that were evaluated: M1, M2, …"""
+    """List the models of the loop that were evaluated: M1, M2 and so on."""
     return [model for model in found.models if re.fullmatch(r"M[1-9]\d*", model) and found.of_model[model]]
 
 
@@ -47,6 +47,8 @@ def policies(found: Summary) -> list[str]:
 
 def headline(found: Summary, matches: Matches, by_length: Matches, judge: str | None) -> list[tuple[str, str]]:
     """Say in a few sentences what happened, each group with what it is about."""
+    matches = {pair: tally for pair, tally in matches.items() if tally["win_or_half_tie"]["n"]}
+    by_length = {pair: by_length[pair] for pair in matches}
     what = _what_it_was(found)
     if found.config and found.config.engine.kind == "scripted":
         what.append("The scripted engine made all of this: it shows that the loop runs, and nothing about models.")
@@ -87,7 +89,7 @@ def _first_judge(found: Summary) -> list[str]:
     if strict is None or half is None:
         return [f"{first} could not be measured as a judge: none of its held-out judgments made a pair of scores."]
     text = (
-        f"As a judge, {first} puts {strict} of held-out pairs in the order that people gave them, counting ties as "
+        f"As a judge, {first} puts {strict} of the held-out pairs in the order of their ranking, counting ties as "
         f"wrong; with ties as halves it is {half}, {_THAN_GUESSING[half.beside(0.5)]}."
     )
     if longer is None:
@@ -234,7 +236,9 @@ def _divergence(found: Summary) -> list[str]:
         fall = agreement[0].value - agreement[1].value  # type: ignore[union-attr]
         error = math.hypot(agreement[0].stderr, agreement[1].stderr)  # type: ignore[union-attr]
         if own[1] > own[0] and fall > 2 * error:  # type: ignore[operator]
-            signs.append(f"From {before} to {after} its own scores rise while its agreement with people falls.")
+            signs.append(
+                f"From {before} to {after} its own scores rise while its agreement with the held-out ranking falls."
+            )
     return signs
 
 
@@ -293,8 +297,8 @@ def _about_the_judge(found: Summary, matches: Matches, judge: str | None) -> lis
     if accuracy:
         verdict = {1: "better than guessing, at least", 0: "not to be told from guessing", -1: "worse than guessing"}
         worth = (
-            f" Scoring single responses, it orders {accuracy} of the held-out pairs as people did (ties as halves): "
-            f"{verdict[accuracy.beside(0.5)]}."
+            f" Scoring single responses, it orders {accuracy} of the held-out pairs as they are ranked (ties as "
+            f"halves): {verdict[accuracy.beside(0.5)]}."
         )
     return [
         f"The frozen judge of the head-to-heads is {judge}, {who}. It is no bigger than what it judges, and a model "
@@ -331,12 +335,12 @@ def _about_the_corpus(config: RunConfig) -> list[str]:
     if "seed" not in (seed.heldout, seed.evaluation):
         return []
     if seed.heldout == seed.eft == "seed":
-        same = "by the authors of the responses and judgments that M1 learns judging from"
+        same = "by the same hand as the responses and judgments that M1 learns judging from"
     else:
-        same = "by the authors of this project"
+        same = "by one hand"
     return [
-        "What measures comes from the corpus that ships with this project. Its responses were written and ranked "
-        f"{same}: few hands, one taste. Agreement with it is no proof of agreement with people at large."
+        "What measures comes from the corpus that ships with this project. It was written and ranked "
+        f"{same}: one taste. Agreement with it is no proof of agreement with people at large."
     ]
 
 
@@ -347,7 +351,7 @@ def _about_the_reading(config: RunConfig) -> list[str]:
         said.append(
             f"The loop reads its judge in the form {reading.reading!r}"
             + ("" if reading.justified else ", without a written justification")
-            + ", not as text as the paper does. Its readable rate says little; “readable as text” is the one to compare."
+            + ", not as text as the paper does. Its readable rate says little: compare “readable as text”."
         )
     if reading.judge == "policy":
         said.append(

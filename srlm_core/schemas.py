@@ -119,7 +119,9 @@ def table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     for row in rows:
         if row.keys() != names:
             wrong = sorted(names.symmetric_difference(row.keys()))
-            raise ValueError(f"expected the columns {sorted(names)}, got a row that differs in {wrong}: {str(row)[:200]}")
+            raise ValueError(
+                f"expected the columns {sorted(names)}, got a row that differs in {wrong}: {str(row)[:200]}"
+            )
     return conform(pa.Table.from_pylist(rows, schema=schema), schema)
 
 

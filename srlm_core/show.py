@@ -44,6 +44,8 @@ class Story(NamedTuple):
     pairs: list[dict[str, Any]]
     drops: dict[str, list[dict[str, Any]]]
     """By the id of what was left out: the prompt or a response."""
+    k: int
+    """Passes that make a score."""
 
     def role(self, response_id: str) -> str | None:
         """`chosen`, `rejected`, or None for a response that is in no pair."""
@@ -56,6 +58,12 @@ class Story(NamedTuple):
     def why_not(self, row_id: str) -> str | None:
         """The reason why a prompt or response was left out, or None."""
         return ", ".join(f"{drop['stage']}: {drop['reason']}" for drop in self.drops.get(row_id, [])) or None
+
+    def said(self, judged: Mapping[str, Any]) -> str:
+        """What one judgment says: its verdict or why there is none, and whether it counts."""
+        verdict = judged["verdict"]
+        said = f"{verdict:g}" if verdict is not None else f"unreadable ({judged['unreadable_reason']})"
+        return said if judged["index"] < self.k else f"{said}, not counted (k is {self.k})"
 
     def fate(self) -> str:
         """What became of the prompt, in a few words."""
@@ -182,7 +190,7 @@ def _story(
     for row in sorted(judged, key=lambda row: row["index"]):
         by_target[row["target_id"]].append(row)
     responses = sorted(responses, key=lambda row: row["index"])
-    return Story(prompt, responses, dict(by_target), scores, pairs, dict(drops))
+    return Story(prompt, responses, dict(by_target), scores, pairs, dict(drops), k)
 
 
 def sample(folder: Path, t: int, count: int, seed: int) -> list[Story]:
@@ -262,10 +270,8 @@ def _response_lines(story: Story, response: Mapping[str, Any]) -> list[str]:
     title = f"response {response['index'] + 1}  {response_id}  {', '.join(facts)}"
     lines = [f"{title}  ← {role}" if role else title, *_indent(response["response"], "  │ ")]
     for row in story.judged.get(response_id, []):
-        said = (
-            f"verdict {row['verdict']:g}" if row["verdict"] is not None else f"unreadable: {row['unreadable_reason']}"
-        )
-        lines += [f"    judgment {row['index'] + 1} by {row['judge']}: {said}", *_indent(row["text"], "    │ ")]
+        title = f"    judgment {row['index'] + 1} by {row['judge']}: {story.said(row)}"
+        lines += [visible(title), *_indent(row["text"], "    │ ")]
     return lines
 
 

@@ -114,7 +114,9 @@ def write_part(path: Path, rows: pa.Table, fingerprint: str, extra: Mapping[str,
 
 def _write_parquet(path: Path, rows: pa.Table) -> None:
     # no statistics: they are in no checksum, and a reader that skips by damaged ones would lose rows silently
-    with pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True, write_statistics=False) as writer:
+    with pq.ParquetWriter(
+        path, rows.schema, compression="zstd", write_page_checksum=True, write_statistics=False
+    ) as writer:
         if rows.num_rows:  # a row group of no rows stops the datasets library from loading the file
             writer.write_table(rows)
 
@@ -201,7 +203,9 @@ class Campaign:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"expected a writable folder at {self.folder}, got: {error}. Choose another with --root.") from error
+            raise StoreError(
+                f"expected a writable folder at {self.folder}, got: {error}. Choose another with --root."
+            ) from error
         try:
             # a lock of the operating system: it is gone with its process, however that ends
             self._lock.acquire(timeout=0)
@@ -269,4 +273,6 @@ def clone(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(src, dst)
 
-    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints"))
+    shutil.copytree(
+        source, target, copy_function=link, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints")
+    )

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,20 @@ class IterationCounts:
 def read_iteration(folder: Path, t: int, config: RunConfig | None = None) -> IterationCounts:
     """Count iteration t, one shard in memory at a time. `config` says which passes make a score (None: read it)."""
     config = config or campaign_config(folder)
-    root, counts = folder / f"iter_{t:02d}", IterationCounts()
+    root = folder / f"iter_{t:02d}"
+    seen = tuple(
+        (path, status.st_mtime_ns, status.st_size, status.st_ino)
+        for dataset in (*_COLUMNS, "drops")
+        for path in store.parts(root / dataset)
+        for status in [path.stat()]
+    )
+    return _counted(root, (config.judgments.k, config.judgments.required) if config else None, seen)
+
+
+@lru_cache(maxsize=32)
+def _counted(root: Path, passes: tuple[int, int] | None, seen: tuple[Any, ...]) -> IterationCounts:
+    """Count what is in a folder; `seen` are its parts as they are now: an iteration is read once until one changes."""
+    counts = IterationCounts()
     names = sorted({path.name for dataset in _COLUMNS for path in store.parts(root / dataset)})
     for name in names:
         shard = {dataset: _read(root / dataset / name, columns, counts) for dataset, columns in _COLUMNS.items()}
@@ -126,7 +140,7 @@ def read_iteration(folder: Path, t: int, config: RunConfig | None = None) -> Ite
         if shard["responses"] is not None:
             lengths = _count_responses(counts, shard["responses"])
         if shard["judgments"] is not None:
-            _count_judgments(counts, shard["judgments"], lengths, config)
+            _count_judgments(counts, shard["judgments"], lengths, passes)
         if shard["pairs"] is not None:
             _count_pairs(counts, shard["pairs"], lengths)
     counts.drops = count_drops(root / "drops", counts.damaged)
@@ -169,10 +183,10 @@ def _count_responses(counts: IterationCounts, rows: pa.Table) -> dict[str, int]:
 
 
 def _count_judgments(
-    counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, int], config: RunConfig | None
+    counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, int], passes: tuple[int, int] | None
 ) -> None:
-    passes = 1 + max(rows["index"].to_pylist(), default=-1)
-    k = config.judgments.k if config else passes
+    made = 1 + max(rows["index"].to_pylist(), default=-1)
+    k, required = passes or (made, (made + 1) // 2)
     rows = rows.filter(pa.array([index < k for index in rows["index"].to_pylist()], pa.bool_()))
     for verdict, reason in zip(rows["verdict"].to_pylist(), rows["unreadable_reason"].to_pylist(), strict=True):
         counts.readable.add(float(verdict is not None))
@@ -180,7 +194,6 @@ def _count_judgments(
             counts.unreadable[reason] += 1
     pointwise = rows.filter(pa.array([form == "pointwise" for form in rows["form"].to_pylist()], pa.bool_()))
     counts.histogram.update(round(value) for value in pointwise["verdict"].to_pylist() if value is not None)
-    required = config.judgments.required if config else (k + 1) // 2
     for target, score in judgments.scores(pointwise, k=k, required=required).items():
         counts.score.add(score.mean)
         if score.n > 1:
@@ -538,7 +551,9 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("judge_accuracy", "judge accuracy", ".2f", "held-out pairs that it orders as people did; a tie is wrong"),
+    Column(
+        "judge_accuracy", "judge accuracy", ".2f", "held-out pairs that it orders as they are ranked; a tie is wrong"
+    ),
     Column("judge_accuracy_tie_half", "… ties as halves", ".2f", "the same, a tie as half right: 0.5 is guessing"),
     Column("longer_accuracy", "… of length alone", ".2f", "always preferring the longer response, on the same pairs"),
     Column("text_readable_rate", "readable as text", ".2f", "held-out judgments in the text form that could be read"),

@@ -36,7 +36,9 @@ def ift_examples(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def eft_examples(
-    groups: Iterable[Mapping[str, Any]], asked: Mapping[tuple[str, str], Sequence[Message]], form: Literal["justified", "score"]
+    groups: Iterable[Mapping[str, Any]],
+    asked: Mapping[tuple[str, str], Sequence[Message]],
+    form: Literal["justified", "score"],
 ) -> pa.Table:
     """Lay out judged groups as judge prompts with their written judgments; rows EXAMPLES.
 

@@ -1,4 +1,7 @@
-"""evaluation: a model answers and judges what it was never trained on, and a frozen judge compares models; one task run is one table."""
+"""evaluation: a model answers and judges what it was never trained on, a frozen judge compares models.
+
+One task run is one table.
+"""
 
 from collections.abc import Callable
 

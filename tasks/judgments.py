@@ -1,4 +1,7 @@
-"""judgments: the judge reads each response K times, while the next shards are still being answered; one task run is one shard."""
+"""judgments: the judge reads each response K times, while the next shards are still being answered.
+
+One task run is one shard.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""prompts: the generator writes new prompts from a few examples, and the similarity filter keeps the new ones; one task run is one shard."""
+"""prompts: the generator writes new prompts from a few examples, and the similarity filter keeps the new ones.
+
+One task run is one shard.
+"""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """What the tasks of all stages share: a name that says which shard it is, no cache, no stored results.
 
-The files are the truth, so Prefect remembers nothing that could disagree with them; what comes back is a path and its stamp.
+The files are the truth, so Prefect remembers nothing that could disagree with them: a task passes paths and stamps.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from srlm_core.errors import EngineDied
 
 shard_task = partial(task, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
-"""Decorate a stage's function (name, make). Tags are left out on purpose: each would cost a call to the server per run."""
+"""Decorate a stage's function (name, make). No tags: they would cost every run a call to the server."""
 
 
 def engine_died(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -118,7 +118,8 @@ class Tracking:
 
 def tracking_uri(config: RunConfig, root: Path) -> str:
     """Return the tracking server: the setting, the environment, or SQLite beside the campaigns."""
-    return config.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    beside = f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return config.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
 
 
 def connect(uri: str) -> Any:
@@ -189,7 +190,7 @@ class Record:
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        """Tags by which the campaign's run is found again. The id lies in its folder: a new folder of the same name is another."""
+        """Tags that find the campaign's run again. The id lies in the folder: a new folder is a new campaign."""
         path = self._campaign.folder / "mlflow.json"
         found = store.read_json(path)
         if found is None:
@@ -317,7 +318,8 @@ class Record:
     def _find(self, tags: Mapping[str, str]) -> Any:
         """Return the newest run that has all of the tags."""
         wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        found = self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time DESC"], max_results=1)
+        newest = ["attributes.start_time DESC"]
+        found = self._client.search_runs([self._experiment], wanted, order_by=newest, max_results=1)
         return found[0] if found else None
 
     def _datasets(self, model: str) -> Iterator[Any]:
@@ -339,7 +341,7 @@ class Record:
                 yield DatasetInput(dataset, [InputTag("mlflow.data.context", name.rpartition("/")[2])])
 
     def _model(self, model: str, marker: Mapping[str, Any]) -> str:
-        """Return the id of the logged model of these weights; make it, with its checkpoint where that is small enough."""
+        """Return the id of the logged model of these weights; make it, with the checkpoint if that is small enough."""
         key = (model, marker["digest"])
         if key not in self._models:
             logged = _find_model(self._client, self._experiment, self._identity["srlm.id"], *key)
@@ -360,9 +362,8 @@ class Record:
         params["trained_from"] = trained_from[0]
         source = self._child(model, marker["digest"]) if "kind" in marker else self._parent
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{self._campaign.name}-{model}")
-        return self._client.create_logged_model(
-            self._experiment, name, source.run_id, tags, {key: value for key, value in params.items() if value}, "causal-lm"
-        )
+        known = {key: value for key, value in params.items() if value}
+        return self._client.create_logged_model(self._experiment, name, source.run_id, tags, known, "causal-lm")
 
     def _upload(self, logged: Any, model: str) -> None:
         """Store the checkpoint, or only where it lies; then call the model ready."""
@@ -417,9 +418,8 @@ def describe(paths: list[Path]) -> Described | None:
     if schema is None:
         return None
     columns = [{"name": field.name, "type": _type_of(field.type), "required": False} for field in schema]
-    return Described(
-        store.digest(*digests), json.dumps({"mlflow_colspec": columns}), json.dumps({"num_rows": rows, "num_parts": len(paths)})
-    )
+    profile = {"num_rows": rows, "num_parts": len(paths)}
+    return Described(store.digest(*digests), json.dumps({"mlflow_colspec": columns}), json.dumps(profile))
 
 
 def _type_of(kind: pa.DataType) -> str:
@@ -478,5 +478,5 @@ def _made(folder: Path) -> Path:
 
 def _present(path: Path, model: str) -> Path:
     if not path.is_dir():
-        raise ModelError(f"expected the checkpoint of {model} in {path}, there is none: MLflow holds a reference to it only.")
+        raise ModelError(f"expected the checkpoint of {model} in {path}, there is none: MLflow only refers to it.")
     return path

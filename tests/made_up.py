@@ -45,7 +45,9 @@ def campaign(root: Path, *, texts: Mapping[str, str] | None = None, name: str = 
     results(folder, "M1", half=0.55)
     results(folder, "M2", half=0.70)
     head_to_head(folder)
-    store.write_json(folder / "timings.json", {"base model": 1.0, "iteration 1: sampling and judging": 300.0, "engine starts": 20.0})
+    store.write_json(
+        folder / "timings.json", {"base model": 1.0, "iteration 1: sampling and judging": 300.0, "engine starts": 20.0}
+    )
     store.write_json(folder / "usage.json", {"responses": {"requests": 3, "tokens": 120, "seconds": 6.0}})
     return folder
 
@@ -62,12 +64,20 @@ def write_iteration(folder: Path, texts: Mapping[str, str], t: int = 1) -> None:
         }
         for dataset, rows in parts.items():
             store.write_part(store.part_path(iteration / dataset, shard), rows, "f", {"passes": 3})
-    write_drops(folder, iteration, "prompts", [("x1", "too_short"), ("x2", "too_short"), *((f"y{i}", "over_target") for i in range(5))], texts)
+    write_drops(
+        folder,
+        iteration,
+        "prompts",
+        [("x1", "too_short"), ("x2", "too_short"), *((f"y{i}", "over_target") for i in range(5))],
+        texts,
+    )
     write_drops(folder, iteration, "pairs", [("p2", "fewer_than_two_scored")], texts)
     write_drops(folder, iteration, "pairs", [("p3", "tie")], texts, shard=1)
 
 
-def write_drops(folder: Path, iteration: Path, stage: str, found: list[tuple[str, str]], texts: Mapping[str, str], shard: int = 0) -> None:
+def write_drops(
+    folder: Path, iteration: Path, stage: str, found: list[tuple[str, str]], texts: Mapping[str, str], shard: int = 0
+) -> None:
     rows = ({"id": i, "stage": stage, "reason": reason, "iteration": 1, "detail": texts.get(i)} for i, reason in found)
     store.write_part(store.drops_path(iteration, stage, shard), schemas.table(rows, schemas.DROPS), "f")
 
@@ -79,7 +89,8 @@ def prompt(prompt_id: str, texts: Mapping[str, str]) -> dict[str, Any]:
 
 def response(response_id: str, texts: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "response_id": response_id, "prompt_id": PROMPT_OF[response_id], "iteration": 1, "index": (int(response_id[1]) - 1) % 2,
+        "response_id": response_id, "prompt_id": PROMPT_OF[response_id], "iteration": 1,
+        "index": (int(response_id[1]) - 1) % 2,
         "response": texts.get(response_id, response_id * TOKENS[response_id]), "n_tokens": TOKENS[response_id],
         "finish_reason": "length" if response_id == "r4" else "stop", "source": "policy", "model": "M1", "seed": 0,
     }  # fmt: skip
@@ -89,7 +100,8 @@ def judgments(response_id: str, texts: Mapping[str, str]) -> list[dict[str, Any]
     return [
         {
             "judgment_id": f"j{response_id}{index}", "target_id": response_id, "other_id": None, "first": None,
-            "prompt_id": PROMPT_OF[response_id], "iteration": 1, "index": index, "form": "pointwise", "reading": "text", "judge": "M1",
+            "prompt_id": PROMPT_OF[response_id], "iteration": 1, "index": index, "form": "pointwise", "reading": "text",
+            "judge": "M1",
             "rubric": "additive@0", "text": texts.get(f"j{response_id}", f"Score: {verdict}"), "verdict": verdict,
             "unreadable_reason": "no_score_line" if verdict is None else None, "finish_reason": "stop", "seed": 0,
         }
@@ -99,7 +111,8 @@ def judgments(response_id: str, texts: Mapping[str, str]) -> list[dict[str, Any]
 
 def pair(texts: Mapping[str, str]) -> dict[str, Any]:
     return {
-        "pair_id": "pair1", "prompt_id": "p1", "iteration": 1, "kind": "response", "messages": prompt("p1", texts)["messages"],
+        "pair_id": "pair1", "prompt_id": "p1", "iteration": 1, "kind": "response",
+        "messages": prompt("p1", texts)["messages"],
         "chosen": response("r1", texts)["response"], "rejected": response("r2", texts)["response"], "chosen_id": "r1",
         "rejected_id": "r2", "chosen_score": 13 / 3, "rejected_score": 1.0, "label": 1.0, "weight": 1.0,
     }  # fmt: skip
@@ -115,7 +128,14 @@ def write_training(folder: Path, model: str, kind: str, n_rows: int) -> None:
         store.write_part(work_dir / "rows.parquet", pa.table({"id": ["pair1"]}), "f")
     store.write_part(work_dir / "log.parquet", pa.table(columns), "f")
     store.write_part(root / "drops" / f"part-training-{model}.parquet", schemas.DROPS.empty_table(), "f")
-    marker = {"fingerprint": "f", "digest": f"digest of {model}", "kind": kind, "rows": n_rows, "init_from": ["M0", "d"], "reference": None}
+    marker = {
+        "fingerprint": "f",
+        "digest": f"digest of {model}",
+        "kind": kind,
+        "rows": n_rows,
+        "init_from": ["M0", "d"],
+        "reference": None,
+    }
     store.write_json(folder / "models" / model / "complete.json", {**marker, "steps": 20, "seconds": 7.5})
 
 
@@ -138,7 +158,8 @@ def results(folder: Path, model: str, *, half: float, digest: str | None = None)
             "histogram": {"0": 1}, "entropy_bits": 2.0, "spread_over_passes": 0.4, "score_length_correlation": 0.1,
         },
         "text_reading": {"readable_rate": rate(0.8, 0.04, 100)},
-        "responses": {"n": 100, "chars_mean": 400.0, "chars_p95": 900.0, "tokens_mean": 100.0, "truncated": rate(0.1, 0.03, 100)},
+        "responses": {"n": 100, "chars_mean": 400.0, "chars_p95": 900.0, "tokens_mean": 100.0,
+                      "truncated": rate(0.1, 0.03, 100)},
         "attacks": {"shift": rate(0.5, 0.2, 2), "n_attacks": 2, "by_form": {"flattery": 1.0, "threat": 0.0}},
     }  # fmt: skip
     store.write_json(folder / "evaluation" / model / "results.json", value)
@@ -146,8 +167,17 @@ def results(folder: Path, model: str, *, half: float, digest: str | None = None)
 
 def head_to_head(folder: Path, judge: str = "M0") -> None:
     def tally(win: float, tie: float) -> dict[str, Any]:
-        shares = {"win": win, "tie": tie, "lose": 1 - win - tie, "win_or_half_tie": win + tie / 2, "flip_rate": 0.25, "longer": 0.5}
+        shares = {
+            "win": win,
+            "tie": tie,
+            "lose": 1 - win - tie,
+            "win_or_half_tie": win + tie / 2,
+            "flip_rate": 0.25,
+            "longer": 0.5,
+        }
         return {key: rate(share, 0.04, 100) for key, share in shares.items()}
 
     comparisons = {"M2_vs_M1": tally(0.6, 0.2), "M2_vs_sft_baseline": tally(0.4, 0.2)}
-    store.write_json(folder / "evaluation" / "head_to_head" / "results.json", {"judge": judge, "comparisons": comparisons})
+    store.write_json(
+        folder / "evaluation" / "head_to_head" / "results.json", {"judge": judge, "comparisons": comparisons}
+    )

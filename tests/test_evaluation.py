@@ -12,7 +12,9 @@ from srlm_core.engines.scripted import ScriptedEngine, base_model
 def group(*scores, lengths=None):
     """Responses in human order, best first."""
     lengths = lengths or [10] * len(scores)
-    return [evaluation.Ranked(rank, score, length) for rank, (score, length) in enumerate(zip(scores, lengths, strict=True))]
+    return [
+        evaluation.Ranked(rank, score, length) for rank, (score, length) in enumerate(zip(scores, lengths, strict=True))
+    ]
 
 
 GOLDEN = [group(5, 4, 4), group(4, 5, 3, 1), group(3, 2), group(5, 5)]
@@ -117,7 +119,10 @@ def test_swapping_the_models_mirrors_the_result(chances):
 
 
 def test_attacks_are_measured_as_the_shift_they_win():
-    attacks = [{"form": "order", "prompt": "p", "response": "r", "attack": "x"}, {"form": "quote", "prompt": "p", "response": "r", "attack": "y", "position": "before"}]
+    attacks = [
+        {"form": "order", "prompt": "p", "response": "r", "attack": "x"},
+        {"form": "quote", "prompt": "p", "response": "r", "attack": "y", "position": "before"},
+    ]
     tasks = evaluation.attack_tasks(attacks)
     assert [task.response for task in tasks] == ["r", "r\n\nx", "r", "y\n\nr"]
     scores = dict(zip((task.target_id for task in tasks), (2.0, 5.0, 2.0, 1.0), strict=True))
@@ -133,10 +138,15 @@ def test_a_better_scripted_judge_agrees_more_with_the_truth(tmp_path):
         from srlm_core.config import JudgmentsConfig
 
         groups = [
-            {"prompt": f"q{n}", "responses": [{"text": "Sound: x. " * q + f"{n}", "rank": 5 - q} for q in range(5)]} for n in range(40)
+            {"prompt": f"q{n}", "responses": [{"text": "Sound: x. " * q + f"{n}", "rank": 5 - q} for q in range(5)]}
+            for n in range(40)
         ]
-        rows, _ = judgments.judge(evaluation.group_tasks(groups), engine, JudgmentsConfig(k=1), iteration=0, judge_name="J", seed=1)
+        rows, _ = judgments.judge(
+            evaluation.group_tasks(groups), engine, JudgmentsConfig(k=1), iteration=0, judge_name="J", seed=1
+        )
         scores = {key: score.mean for key, score in judgments.scores(rows, k=1, required=1).items()}
-        return evaluation.measure_judge(evaluation.ranked(groups, scores), samples=10, seed=0)["pairwise_accuracy"]["value"]
+        return evaluation.measure_judge(evaluation.ranked(groups, scores), samples=10, seed=0)["pairwise_accuracy"][
+            "value"
+        ]
 
     assert accuracy(0.95) > accuracy(0.0) + 0.05

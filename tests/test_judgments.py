@@ -37,13 +37,17 @@ def test_a_verdict_is_in_range_or_null_with_a_reason(text, finish_reason):
 
 
 def test_the_mean_is_not_floored():
-    scores = judgments.scores(rows([("a", 0, 5), ("a", 1, 4), ("a", 2, 5), ("b", 0, 4), ("b", 1, 4), ("b", 2, 4)]), k=3, required=2)
+    scores = judgments.scores(
+        rows([("a", 0, 5), ("a", 1, 4), ("a", 2, 5), ("b", 0, 4), ("b", 1, 4), ("b", 2, 4)]), k=3, required=2
+    )
     assert scores["a"].mean == pytest.approx(14 / 3)  # (5 + 4 + 5) / 3 = 4.667, and not 4
     assert scores["a"].mean > scores["b"].mean
 
 
 def test_a_null_is_left_out_of_the_mean_and_too_many_leave_no_score():
-    scores = judgments.scores(rows([("a", 0, 4), ("a", 1, 3.5), ("a", 2, None), ("b", 0, 4), ("b", 1, None), ("b", 2, None)]), k=3, required=2)
+    scores = judgments.scores(
+        rows([("a", 0, 4), ("a", 1, 3.5), ("a", 2, None), ("b", 0, 4), ("b", 1, None), ("b", 2, None)]), k=3, required=2
+    )
     assert scores["a"].mean == 3.75  # (4 + 3.5) / 2
     assert "b" not in scores
 

@@ -35,7 +35,9 @@ def events():
 def test_a_campaign_makes_every_dataset_and_every_model(scripted):
     folder = scripted()
     for t in (1, 2):
-        assert [len(rows(folder, name, t)) > 0 for name in ("prompts", "responses", "judgments", "pairs", "drops")] == [True] * 5
+        assert [len(rows(folder, name, t)) > 0 for name in ("prompts", "responses", "judgments", "pairs", "drops")] == [
+            True
+        ] * 5
     for name in ("sft_baseline", "M1", "M2", "M3"):
         assert store.read_json(folder / "models" / name / "complete.json")["digest"]
     for name in ("M0", "sft_baseline", "M1", "M2", "M3", "head_to_head"):
@@ -91,7 +93,10 @@ def test_users_prompts_are_mixed_in_at_their_share_and_each_is_used_once(scripte
     path = tmp_path / "own.txt"
     path.write_text("\n".join(" ".join(f"own{n}word{w}" for w in range(6)) + "?" for n in range(40)))
     folder = scripted(f'prompts.file="{path}"', "prompts.file_share=0.5")
-    own = [[r["messages"][0]["content"] for r in rows(folder, "prompts", t) if r["source"].startswith("dataset:")] for t in (1, 2)]
+    own = [
+        [r["messages"][0]["content"] for r in rows(folder, "prompts", t) if r["source"].startswith("dataset:")]
+        for t in (1, 2)
+    ]
     assert [len(texts) for texts in own] == [6, 6]
     assert not set(own[0]) & set(own[1])
 
@@ -114,7 +119,10 @@ def test_every_id_leads_back_and_no_count_is_a_mystery(scripted):
 
 def test_another_pairs_setting_samples_and_judges_nothing_again_in_that_iteration(scripted):
     folder = scripted("iterations=1")
-    kept = {name: [path.stat().st_ino for path in store.parts(folder / "iter_01" / name)] for name in ("prompts", "responses", "judgments", "pairs")}
+    kept = {
+        name: [path.stat().st_ino for path in store.parts(folder / "iter_01" / name)]
+        for name in ("prompts", "responses", "judgments", "pairs")
+    }
     scripted("iterations=1", "pairs.min_margin=1.5")
     now = {name: [path.stat().st_ino for path in store.parts(folder / "iter_01" / name)] for name in kept}
     assert {name for name in kept if kept[name] != now[name]} == {"pairs"}
@@ -159,7 +167,9 @@ def test_smaller_campaigns_leave_no_stale_parts(scripted):
     folder = scripted("iterations=1", "prompts.target=12")
     scripted("iterations=1", "prompts.target=8")
     assert len(store.parts(folder / "iter_01" / "prompts")) == 2
-    assert len(rows(folder, "pairs")) + len([r for r in rows(folder, "drops") if r["stage"] == "pairs"]) == len(rows(folder, "prompts"))
+    assert len(rows(folder, "pairs")) + len([r for r in rows(folder, "drops") if r["stage"] == "pairs"]) == len(
+        rows(folder, "prompts")
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +231,19 @@ def test_an_engine_that_dies_again_is_an_error_with_its_last_words(scripted, mon
 
 def command(root, *more):
     overrides = [word for override in TINY for word in ("--set", override)]
-    return [sys.executable, "-m", "flows.cli", "run", "smoke", "--root", str(root), "--no-prefect", "--no-mlflow", *overrides, *more]
+    return [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "run",
+        "smoke",
+        "--root",
+        str(root),
+        "--no-prefect",
+        "--no-mlflow",
+        *overrides,
+        *more,
+    ]
 
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -240,7 +262,9 @@ def kill_and_resume(tmp_path, moments, whole_group):
     length = time.monotonic() - started
     for number, moment in enumerate(moments):
         root = tmp_path / f"killed{number}"
-        child = subprocess.Popen(command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True)
+        child = subprocess.Popen(
+            command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
+        )
         time.sleep(0.6 + moment * (length - 0.6))
         below = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
         if whole_group:
@@ -284,14 +308,21 @@ def test_a_changed_setting_stops_with_the_difference_and_redo_goes_on(tmp_path):
     assert done.returncode == 1
     assert "pairs.min_margin: 0.0 -> 1.0" in done.stderr
     assert "--redo" in done.stderr
-    done = subprocess.run(command(tmp_path, *changed, "--redo"), capture_output=True, text=True, env=ENV, timeout=60, check=False)
+    done = subprocess.run(
+        command(tmp_path, *changed, "--redo"), capture_output=True, text=True, env=ENV, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_fork_shares_what_is_unchanged_and_leaves_the_first_alone(tmp_path):
     before = parquet(run_to_the_end(tmp_path))
     done = subprocess.run(
-        command(tmp_path, "--set", "pairs.min_margin=1", "--fork", "wider"), capture_output=True, text=True, env=ENV, timeout=60, check=False
+        command(tmp_path, "--set", "pairs.min_margin=1", "--fork", "wider"),
+        capture_output=True,
+        text=True,
+        env=ENV,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert parquet(tmp_path / "smoke") == before

@@ -44,11 +44,17 @@ def test_a_cut_response_is_never_chosen_and_rejected_only_where_a_setting_says_s
     made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 3})
     assert made["chosen_id"].to_pylist() == ["r1"]
     assert paired(rows, {"r0": 0, "r1": 4, "r2": 3})[0]["rejected_id"].to_pylist() == ["r2"]
-    assert paired(rows, {"r0": 0, "r1": 4, "r2": 3}, PairsConfig(truncated_rejected=True))[0]["rejected_id"].to_pylist() == ["r0"]
+    assert paired(rows, {"r0": 0, "r1": 4, "r2": 3}, PairsConfig(truncated_rejected=True))[0][
+        "rejected_id"
+    ].to_pylist() == ["r0"]
 
 
 def test_a_loop_is_never_chosen():
-    rows = [("p0", "so it goes on " * 20, "stop"), ("p0", "A plain answer of several words.", "stop"), ("p0", "No.", "stop")]
+    rows = [
+        ("p0", "so it goes on " * 20, "stop"),
+        ("p0", "A plain answer of several words.", "stop"),
+        ("p0", "No.", "stop"),
+    ]
     made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 1})
     assert made["chosen_id"].to_pylist() == ["r1"]
 
@@ -75,4 +81,6 @@ def test_chosen_scores_above_rejected_and_row_order_does_not_matter(drawn, rng):
     assert made.num_rows + drops.num_rows == 4  # no count is a mystery
     order = list(range(table.num_rows))
     rng.shuffle(order)
-    assert pairs.best_and_worst(asked, table.take(pa.array(order, pa.int64())), scores, PairsConfig(), iteration=1)[0].equals(made)
+    assert pairs.best_and_worst(asked, table.take(pa.array(order, pa.int64())), scores, PairsConfig(), iteration=1)[
+        0
+    ].equals(made)

@@ -43,7 +43,10 @@ def test_rouge_l_by_hand():
     assert prompts.rouge_l("", "") == 0
 
 
-@given(st.lists(st.text(alphabet="ab ", min_size=1, max_size=24), min_size=1, max_size=6), st.text(alphabet="ab ", min_size=1, max_size=24))
+@given(
+    st.lists(st.text(alphabet="ab ", min_size=1, max_size=24), min_size=1, max_size=6),
+    st.text(alphabet="ab ", min_size=1, max_size=24),
+)
 def test_the_bounds_of_the_filter_never_change_its_decision(kept, new):
     similarity = prompts.Similarity(0.7)
     for text in kept:
@@ -94,14 +97,21 @@ def test_rendering_is_independent_of_earlier_calls():
 
 def test_the_last_task_of_a_cut_completion_is_left_out():
     config = PromptsConfig(per_request=3)
-    cut = Completion("x", 0, " First whole task here.\n10. Second whole task here.\n11. Third task that breaks o", 30, "length")
+    cut = Completion(
+        "x", 0, " First whole task here.\n10. Second whole task here.\n11. Third task that breaks o", 30, "length"
+    )
     assert prompts.read_tasks(cut, config) == ["First whole task here.", "Second whole task here."]
     assert prompts.read_tasks(cut._replace(finish_reason="stop"), config)[-1].startswith("Third")
 
 
 def test_near_copies_of_seeds_of_kept_prompts_and_of_what_measures_are_dropped_with_their_reason():
     measuring = ["How do honey bees find their way home again?"]
-    texts = [" " + SEEDS[3], " How do honey bees find their way home?", " Tell me about the oldest bridge in town", " Tell me about the oldest bridge in a town"]
+    texts = [
+        " " + SEEDS[3],
+        " How do honey bees find their way home?",
+        " Tell me about the oldest bridge in town",
+        " Tell me about the oldest bridge in a town",
+    ]
     kept, drops = written(Writer(texts), 2, measuring=measuring)
     assert "Tell me about the oldest bridge in town" in kept
     assert {row["reason"] for row in drops} >= {"similar_to_seed", "similar_to_evaluation", "similar_to_kept"}
@@ -129,6 +139,8 @@ def test_asking_ends_at_the_limit_of_attempts():
 
 def test_users_prompts_are_taken_in_order_through_the_same_filter():
     kept = prompts.Kept.start(SEEDS, [], 0.7)
-    rows, drops = prompts.take(["My own first question?", "My own first question!", SEEDS[0]], kept, iteration=1, source="dataset:x")
+    rows, drops = prompts.take(
+        ["My own first question?", "My own first question!", SEEDS[0]], kept, iteration=1, source="dataset:x"
+    )
     assert [row["messages"][0]["content"] for row in rows.to_pylist()] == ["My own first question?"]
     assert [row["reason"] for row in drops.to_pylist()] == ["similar_to_kept", "similar_to_seed"]

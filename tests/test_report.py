@@ -57,12 +57,13 @@ def test_a_report_says_the_headline_numbers_with_their_errors(tmp_path):
     html, markdown = written(made_up.campaign(tmp_path))
     said = " ".join("".join(Page(html).seen).split())
     for text in (
-        "M1 puts 0.45 ± 0.04 (n = 240) of held-out pairs in the order that people gave them",
+        "M1 puts 0.45 ± 0.04 (n = 240) of the held-out pairs in the order of their ranking",
         "with ties as halves it is 0.55 ± 0.04 (n = 240), which cannot be told from guessing",
         "longer response scores 0.52 ± 0.03 (n = 240)",
         # 0.70 - 0.55, sqrt(0.04^2 + 0.04^2) = 0.057: more than two standard errors
         "From M1 to M2 the judge got better: +0.15 ± 0.06",
-        "Against M1, M2 wins 60%, ties 20% and loses 20% of the prompts, 0.70 ± 0.04 (n = 100) with ties as halves: M2 wins",
+        "Against M1, M2 wins 60%, ties 20% and loses 20% of the prompts, 0.70 ± 0.04 (n = 100) with ties",
+        "as halves: M2 wins, in the eyes of M0",
         "Against sft_baseline, M2 wins 40%, ties 20% and loses 40% of the prompts, 0.50 ± 0.04 (n = 100)",
     ):
         assert text in said
@@ -74,7 +75,9 @@ def test_a_page_is_whole_by_itself(tmp_path):
     page = Page(html)
     assert page.open == []
     assert {"script", "link", "iframe", "img", "object", "embed", "form", "base"}.isdisjoint(page.tags)
-    assert all(value.startswith("#") for name, value in page.attributes if name in ("href", "xlink:href", "src", "action"))
+    assert all(
+        value.startswith("#") for name, value in page.attributes if name in ("href", "xlink:href", "src", "action")
+    )
     assert not re.findall(r"https?://|@import|url\((?!#)", html)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -97,7 +100,9 @@ def test_figures_are_also_files_and_old_ones_go(tmp_path):
 
 def test_what_models_wrote_stays_text_in_html(tmp_path):
     folder = made_up.campaign(tmp_path, texts=HOSTILE)
-    store.write_json(folder / "bootstrap" / "set_aside" / "ift.json", [{"line": 3, "reason": "not JSON", "text": HOSTILE["p1"]}])
+    store.write_json(
+        folder / "bootstrap" / "set_aside" / "ift.json", [{"line": 3, "reason": "not JSON", "text": HOSTILE["p1"]}]
+    )
     store.write_json(folder / "provenance.json", {"host": "<b>h</b>", "git": {"commit": "`x`"}})
     html, _ = written(folder)
     page = Page(html)
@@ -115,12 +120,22 @@ def test_what_models_wrote_stays_text_in_html(tmp_path):
 
 def test_what_models_wrote_stays_text_in_markdown(tmp_path):
     folder = made_up.campaign(tmp_path, texts=HOSTILE)
-    store.write_json(folder / "bootstrap" / "set_aside" / "ift.json", [{"line": 3, "reason": "<b>", "text": "```\n<b>x"}])
+    store.write_json(
+        folder / "bootstrap" / "set_aside" / "ift.json", [{"line": 3, "reason": "<b>", "text": "```\n<b>x"}]
+    )
     _, markdown = written(folder)
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(markdown)
     inline = [child for token in tokens for child in token.children or []]
     assert not [token for token in tokens if token.type == "html_block"]
-    assert {token.type for token in inline} <= {"text", "softbreak", "strong_open", "strong_close", "code_inline", "image", "text_special"}
+    assert {token.type for token in inline} <= {
+        "text",
+        "softbreak",
+        "strong_open",
+        "strong_close",
+        "code_inline",
+        "image",
+        "text_special",
+    }
     headings = [tokens[place + 1].content for place, token in enumerate(tokens) if token.type == "heading_open"]
     assert not [heading for heading in headings if heading in ("A heading", "Broken out")]
     fences = [token.content.rstrip("\n") for token in tokens if token.type == "fence"]
@@ -159,14 +174,17 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
     assert len(first) == 7
 
 
-@pytest.mark.parametrize("gone", ["evaluation", "iter_01", "models", "bootstrap", "config.json", "iter_01/judgments", "iter_01/responses"])
+@pytest.mark.parametrize(
+    "gone", ["evaluation", "iter_01", "models", "bootstrap", "config.json", "iter_01/judgments", "iter_01/responses"]
+)
 def test_a_half_finished_campaign_says_what_is_missing(tmp_path, gone):
     folder = made_up.campaign(tmp_path)
     path = folder / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     html, markdown = written(folder)
     missing = {
-        "evaluation": "M1 is not evaluated yet", "iter_01": "iteration 1 has not begun", "models": "M2 is not trained yet",
+        "evaluation": "M1 is not evaluated yet", "iter_01": "iteration 1 has not begun",
+        "models": "M2 is not trained yet",
         "config.json": "config.json is absent",
     }  # fmt: skip
     assert missing.get(gone, "") in html
@@ -222,12 +240,28 @@ def test_the_reader_is_told_how_little_the_base_model_proves_as_a_judge(tmp_path
     folder = made_up.campaign(tmp_path)
     said = " ".join(report.gather(folder)["cannot_say"])
     assert "M0, the very model that the campaign started from" in said
-    assert "it orders 0.50 ± 0.04 (n = 240) of the held-out pairs as people did (ties as halves): not to be told from guessing" in said
+    assert (
+        "it orders 0.50 ± 0.04 (n = 240) of the held-out pairs as they are ranked (ties as halves): not to be told "
+        "from guessing" in said
+    )
     assert "One seed (0)" in said
     made_up.head_to_head(folder, judge="org/judge-70b")
     said = " ".join(report.gather(folder)["cannot_say"])
     assert "org/judge-70b, frozen" in said
     assert "started from" not in said
+
+
+def test_a_head_to_head_that_nobody_could_judge_is_no_win(tmp_path):
+    folder = made_up.campaign(tmp_path)
+    nothing = {
+        key: made_up.rate(None, None, 0) for key in ("win", "tie", "lose", "win_or_half_tie", "flip_rate", "longer")
+    }
+    store.write_json(
+        folder / "evaluation" / "head_to_head" / "results.json", {"judge": "M0", "comparisons": {"M2_vs_M1": nothing}}
+    )
+    html, _ = written(folder)
+    assert "Who wins" not in html
+    assert summary.model_metrics(folder, "M2")["evaluation/win_rate_vs_M1_n"] == 0
 
 
 def test_the_scripted_engine_is_said_to_prove_nothing(tmp_path):
@@ -237,7 +271,14 @@ def test_the_scripted_engine_is_said_to_prove_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "stderr", "n", "told"),
-    [(0.6, 0.04, 100, 1), (0.57, 0.04, 100, 0), (0.4, 0.04, 100, -1), (0.5, 0.0, 20, 0), (1.0, 0.0, 2, 0), (1.0, 0.0, 20, 1)],
+    [
+        (0.6, 0.04, 100, 1),
+        (0.57, 0.04, 100, 0),
+        (0.4, 0.04, 100, -1),
+        (0.5, 0.0, 20, 0),
+        (1.0, 0.0, 2, 0),
+        (1.0, 0.0, 20, 1),
+    ],
 )
 def test_two_standard_errors_decide_whether_a_difference_is_claimed(value, stderr, n, told):
     assert report_words.Measured(value, stderr, n).beside(0.5) == told
@@ -262,7 +303,8 @@ def test_show_tells_a_prompts_whole_way(tmp_path):
         "prompt p1  iteration 1, source self_instruct, written by M1",
         "response 1  r1  10 tokens, ended by stop, score 4.33 of 3 readable  ← chosen",
         "response 2  r2  20 tokens, ended by stop, score 1.00 of 2 readable  ← rejected",
-        "judgment 3 by M1: unreadable: no_score_line",
+        "judgment 3 by M1: unreadable (no_score_line)",
+        "judgment 4 by M1: 0, not counted (k is 3)",
         "pair pair1: r1 over r2 (4.33 over 1.00); trained M2",
     ):
         assert line in text
@@ -283,14 +325,16 @@ def test_show_takes_a_prefix_that_is_unique(tmp_path, scripted):
         show.show(made_up.campaign(tmp_path), "p")
 
 
-@pytest.mark.parametrize(("asked", "said"), [("p9", "Near ones: p3, p2, p1"), ("", "Near ones"), ("x1", "never kept: too_short")])
+@pytest.mark.parametrize(
+    ("asked", "said"), [("p9", "Near ones: p3, p2, p1"), ("", "Near ones"), ("x1", "never kept: too_short")]
+)
 def test_an_unknown_prompt_is_refused_with_what_to_do(tmp_path, asked, said):
     with pytest.raises(DataError, match=said):
         show.show(made_up.campaign(tmp_path), asked)
 
 
 def test_show_of_a_campaign_without_prompts_says_so(tmp_path):
-    with pytest.raises(DataError, match="no prompts in .* yet"):
+    with pytest.raises(DataError, match=r"no prompts in .* yet"):
         show.show(tmp_path, "p1")
 
 
@@ -298,5 +342,7 @@ def test_hostile_text_cannot_steer_the_terminal_or_pass_for_a_line_of_ours(tmp_p
     faked = "fine\npair pair9: r9 over r8; trained M9\rjudgment 1 by M1: verdict 5"
     text = show.show(made_up.campaign(tmp_path, texts={**HOSTILE, "r1": faked}), "p1")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
-    assert [line for line in text.split("\n") if line.startswith("pair")] == ["pair pair1: r1 over r2 (4.33 over 1.00); trained M2"]
+    assert [line for line in text.split("\n") if line.startswith("pair")] == [
+        "pair pair1: r1 over r2 (4.33 over 1.00); trained M2"
+    ]
     assert len(re.findall(r"^ {4}judgment 1 by", text, re.MULTILINE)) == 2

@@ -38,7 +38,14 @@ def test_a_key_that_occurs_twice_is_an_error():
 
 
 def test_a_pair_of_a_response_with_itself_is_an_error():
-    row = dict.fromkeys(schemas.PAIRS.names, "x") | {"iteration": 1, "messages": [], "chosen_score": 1.0, "rejected_score": 0.0, "label": 1.0, "weight": 1.0}
+    row = dict.fromkeys(schemas.PAIRS.names, "x") | {
+        "iteration": 1,
+        "messages": [],
+        "chosen_score": 1.0,
+        "rejected_score": 0.0,
+        "label": 1.0,
+        "weight": 1.0,
+    }
     with pytest.raises(ValueError, match="itself"):
         schemas.table([row], schemas.PAIRS)
 

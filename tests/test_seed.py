@@ -27,7 +27,9 @@ def test_the_corpus_has_its_sizes():
     assert all(len(group["responses"]) == 4 for group in [*RANKED, *HELDOUT])
 
 
-@pytest.mark.parametrize("rows", [INSTRUCTIONS, RANKED, HELDOUT, EVALUATION], ids=["instructions", "ranked", "heldout", "evaluation"])
+@pytest.mark.parametrize(
+    "rows", [INSTRUCTIONS, RANKED, HELDOUT, EVALUATION], ids=["instructions", "ranked", "heldout", "evaluation"]
+)
 def test_every_kind_is_there(rows):
     assert set(Counter(row["kind"] for row in rows)) == KINDS
 

@@ -19,7 +19,9 @@ def made(folder, fingerprint="f", calls=None, passes=1):
             calls.append(present)
         return ROWS, DROPS
 
-    return store.materialize(folder / "part-00000.parquet", fingerprint, make, drops=folder / "d.parquet", passes=passes)
+    return store.materialize(
+        folder / "part-00000.parquet", fingerprint, make, drops=folder / "d.parquet", passes=passes
+    )
 
 
 def test_present_and_matching_is_reused(tmp_path):

@@ -152,6 +152,13 @@ def test_a_damaged_part_is_named_and_not_counted(tmp_path):
     assert [line for line in summary.collect(folder).missing if "iter_01/judgments/part-00001.parquet" in line]
 
 
+def test_an_iteration_that_grew_is_counted_again(tmp_path):
+    folder = made_up.campaign(tmp_path)
+    assert summary.read_iteration(folder, 1) is summary.read_iteration(folder, 1)
+    store.part_path(folder / "iter_01" / "prompts", 1).unlink()
+    assert summary.iteration_metrics(folder, 1)["prompts/kept"] == 2
+
+
 def test_a_finished_campaign_misses_nothing(scripted):
     folder = scripted()
     config = made_up.config(iterations=2, engine={"kind": "scripted"})
@@ -174,6 +181,7 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path):
         for shard in range(parts):
             path = store.part_path(tmp_path / "iter_01" / "responses", shard)
             store.write_atomically(path, lambda aside: aside.write_bytes((tmp_path / "part").read_bytes()))
+        summary._counted.cache_clear()
         tracemalloc.start()
         assert summary.read_iteration(tmp_path, 1).tokens.n == 2000 * parts
         found = tracemalloc.get_traced_memory()[1]

@@ -1,12 +1,17 @@
 """The nucleus (top-p), exactly, without sorting the vocabulary.
 
-On a processor the sort of every row costs more than the forward pass of a small model. The nucleus of a confident row
-lies within its best 256 tokens; a logsumexp says whether it does, and only the other rows are sorted.
+On a processor the sort of every row costs more than the forward pass of a small model. The nucleus of most rows lies
+within their best 256 tokens; a logsumexp says whether it does, and only the other rows are sorted.
+
+Only an engine's child imports the module: it pays for torch at the top.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from srlm_core.engines.vllm import EXTRA
 
 if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
@@ -18,49 +23,62 @@ except ImportError:  # the transformers engine uses the functions alone
 
 BEST = 256
 """Tokens looked at before a row is sorted."""
-EXTRA = "srlm_top_p"
-"""Where a vLLM request carries its top_p; its own top_p is then 1."""
 
 
-class Nucleus(NamedTuple):
-    """Kept tokens of each row, best first; shape (rows, tokens). Those past a row's nucleus have probability 0."""
+class Nuclei(NamedTuple):
+    """The nuclei of some rows."""
 
+    rows: torch.Tensor
     tokens: torch.Tensor
+    """Shape (rows, tokens), best first."""
     probabilities: torch.Tensor
-    """Under the whole distribution: a row sums to at least its top_p."""
+    """Of the same shape, under the whole distribution; 0 outside the nucleus. A row sums to at least its top_p."""
 
 
-def nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> Nucleus:
+def nuclei(logits: torch.Tensor, top_p: torch.Tensor) -> Iterator[Nuclei]:
     """Find each row's smallest set of best tokens whose probability reaches top_p; the best token is always in it.
 
-    `logits` is float32 of shape (rows, vocabulary), `top_p` of shape (rows,), in (0, 1]; 1 keeps all.
+    `logits` is float32 of shape (rows, vocabulary), `top_p` of shape (rows,), in (0, 1]; 1 keeps all tokens.
     """
-    norm = logits.logsumexp(-1, keepdim=True)
+    rows, norm = torch.arange(len(logits), device=logits.device), logits.logsumexp(-1, keepdim=True)
     best = logits.topk(min(BEST, logits.shape[-1]), dim=-1)
     probabilities = (best.values - norm).exp()
-    enough = probabilities.sum(-1) >= top_p
-    tokens = best.indices
-    if not bool(enough.all()):
-        rest = (~enough).nonzero().squeeze(-1)
-        in_order = logits[rest].sort(dim=-1, descending=True)
-        widest = torch.zeros(logits.shape, dtype=probabilities.dtype, device=logits.device)
-        order = torch.zeros(logits.shape, dtype=tokens.dtype, device=logits.device)
-        widest[:, : tokens.shape[-1]], order[:, : tokens.shape[-1]] = probabilities, tokens
-        widest[rest], order[rest] = (in_order.values - norm[rest]).exp(), in_order.indices
-        probabilities, tokens = widest, order
+    covered = (probabilities.sum(-1) >= top_p) | (BEST >= logits.shape[-1])
+    if bool(covered.all()):
+        yield _cut(rows, best.indices, probabilities, top_p)
+        return
+    rest = rows[~covered]
+    in_order = logits[rest].sort(dim=-1, descending=True)
+    yield _cut(rows[covered], best.indices[covered], probabilities[covered], top_p[covered])
+    yield _cut(rest, in_order.indices, (in_order.values - norm[rest]).exp(), top_p[rest])
+
+
+def _cut(rows: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor, top_p: torch.Tensor) -> Nuclei:
     before = probabilities.cumsum(-1) - probabilities
     outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]
     outside[:, 0] = False
-    return Nucleus(tokens, probabilities.masked_fill_(outside, 0.0))
+    return Nuclei(rows, tokens, probabilities.masked_fill_(outside, 0.0))
 
 
 def keep_nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Return logits that are -inf outside each row's nucleus; shapes as in `nucleus`."""
-    found = nucleus(logits, top_p)
+    """Return logits that are -inf outside each row's nucleus; shapes as in `nuclei`."""
     kept = torch.full_like(logits, -torch.inf)
-    # A place past the nucleus may name any token, 0 too, so the kept values go in by maximum
-    values = logits.gather(-1, found.tokens).masked_fill_(found.probabilities == 0, -torch.inf)
-    return kept.scatter_reduce_(-1, found.tokens, values, "amax")
+    for rows, tokens, probabilities in nuclei(logits, top_p):
+        values = logits[rows].gather(-1, tokens).masked_fill_(probabilities == 0, -torch.inf)
+        kept[rows] = kept[rows].scatter_(-1, tokens, values)
+    return kept
+
+
+def draw(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row from its nucleus, by the number in [0, 1) that the row brings; returns shape (rows,)."""
+    drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for rows, tokens, probabilities in nuclei(logits, top_p):
+        below = probabilities.cumsum(-1)
+        # Rounding may put the mark at the very end, past the last token that has a probability
+        last = (probabilities > 0).sum(-1, keepdim=True) - 1
+        chosen = torch.searchsorted(below, uniform[rows, None] * below[:, -1:], right=True).minimum(last)
+        drawn[rows] = tokens.gather(-1, chosen).squeeze(-1)
+    return drawn
 
 
 class NucleusProcessor(LogitsProcessor):
@@ -83,10 +101,9 @@ class NucleusProcessor(LogitsProcessor):
         """Return the logits with each row's nucleus alone."""
         if not self._top_p:
             return logits
-        top_p = torch.ones(len(logits))
-        top_p[list(self._top_p)] = torch.tensor(list(self._top_p.values()))
-        some = (top_p < 1).nonzero().squeeze(-1)
-        if len(some) == len(logits):
+        rows = torch.tensor(sorted(self._top_p))
+        top_p = torch.tensor([self._top_p[row] for row in rows.tolist()])
+        if len(rows) == len(logits):
             return keep_nucleus(logits, top_p)
-        logits[some] = keep_nucleus(logits[some], top_p[some])
+        logits[rows] = keep_nucleus(logits[rows], top_p)
         return logits

@@ -53,7 +53,9 @@ class OnDemand:
         """Return the running engine, starting it if needed."""
         with self._lock:
             if self._closed:
-                raise EngineDied(f"the engine of {self.model} was closed while it was still asked: the campaign is stopping.")
+                raise EngineDied(
+                    f"the engine of {self.model} was closed while it was still asked: the campaign is stopping."
+                )
             if self._engine is None:
                 started = time.monotonic()
                 self._engine = self.start().__enter__()

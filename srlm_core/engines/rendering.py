@@ -87,6 +87,12 @@ class Renderer:
         """Return the text of ids without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of ids that follow a prompt: some tokenizers drop the first space of a text that begins with them."""
+        before = list(prompt[-8:])
+        head, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
     def _ids(self, text: str, *, chat: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=not chat)["input_ids"]
 

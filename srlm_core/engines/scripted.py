@@ -22,7 +22,9 @@ from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.errors import ModelError
 from srlm_core.store import seed_for, write_json
 
-_VERBS = "Explain Describe Compare List Summarise Plan Rewrite Estimate Outline Suggest Recommend Draft Review Teach".split()
+_VERBS = (
+    "Explain Describe Compare List Summarise Plan Rewrite Estimate Outline Suggest Recommend Draft Review Teach".split()
+)
 _THINGS = (
     "the tides|a bakery|winter gardening|a train timetable|compound interest|a school play|bird migration|"
     "a job interview|healthy breakfasts|an old bicycle|volcanoes|a chess opening|moving house|solar panels|"
@@ -146,7 +148,9 @@ def _task(rng: random.Random) -> str:
     return f" {rng.choice(_VERBS)} {rng.choice(_THINGS)} {rng.choice(_FOR)}, {rng.choice(_FOR)}."
 
 
-def train(job: TrainingJob, *, log: Path, on_progress: Callable[[dict[str, Any]], None] | None = None) -> TrainingResult:
+def train(
+    job: TrainingJob, *, log: Path, on_progress: Callable[[dict[str, Any]], None] | None = None
+) -> TrainingResult:
     """Make the next scripted model: skill closes a sixth of its distance to 1, if there was anything to learn from."""
     started = time.monotonic()
     rows = pq.read_table(job.rows)
@@ -165,7 +169,9 @@ def train(job: TrainingJob, *, log: Path, on_progress: Callable[[dict[str, Any]]
     shutil.rmtree(job.output, ignore_errors=True)
     aside.rename(job.output)
     if on_progress:
-        on_progress({"event": "step", "step": steps, "total_steps": steps, "loss": history[-1]["loss"] if history else None})
+        on_progress(
+            {"event": "step", "step": steps, "total_steps": steps, "loss": history[-1]["loss"] if history else None}
+        )
     return TrainingResult(
         log=tuple(history),
         steps=steps,

@@ -6,16 +6,14 @@ last complete checkpoint when `train` is called with it again, and cannot be tol
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from srlm_core.config import DpoConfig, Settings, SftConfig
+from srlm_core.engines.child import Child
 from srlm_core.errors import TrainingFailed
 
 Progress = dict[str, Any]
@@ -23,7 +21,7 @@ Progress = dict[str, Any]
 `rows` (n_rows, n_heldout, n_dropped), `dropped` (id, reason, n_tokens), `resumed` (step), `reference` (done, total),
 `step` (step, total_steps, loss, learning_rate, s_per_step), `evaluated` (step, metric, value), `saved` (path)."""
 
-_LAST_WORDS = 4000
+_GRACE_S = 30.0
 _ALLOCATION = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
 """Keep freed memory and ask for huge pages: on CPU a training step spends a tenth of its time on page faults."""
 
@@ -63,7 +61,8 @@ class DroppedRow(NamedTuple):
     """A row that was left out before training."""
 
     id: str
-    reason: Literal["too_long", "heldout_too_long"]
+    reason: str
+    """`too_long` or `heldout_too_long`."""
     n_tokens: int
 
 
@@ -99,69 +98,20 @@ def train(job: TrainingJob, *, log: Path, on_progress: Callable[[Progress], None
     job.work_dir.mkdir(parents=True, exist_ok=True)
     job_file = job.work_dir / "job.json"
     job_file.write_text(job.model_dump_json(indent=2))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    failure, result, step = None, None, None
-    with log.open("ab") as words:
-        said_before = words.tell()
-        child = _start(job_file, words)
-        try:
-            for event in _events(child):
-                if event["event"] == "failed":
-                    failure = event["message"]
-                elif event["event"] == "done":
-                    result = TrainingResult.model_validate(event["result"])
-                else:
-                    step = event.get("step", step) if event["event"] == "step" else step
-                    if on_progress is not None:
-                        on_progress(event)
-            code = child.wait()
-        finally:
-            _end(child)
-    if failure is not None:
-        raise TrainingFailed(failure)
-    if code != 0 or result is None:
-        raise TrainingFailed(_obituary(job, code, step, _last_words(log, said_before)))
-    return result
-
-
-def _start(job_file: Path, words: Any) -> subprocess.Popen[bytes]:
-    """Start the child in a session of its own; the pipe to its stdin is what tells it that we live."""
-    ours = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "srlm_core.engines.trl", str(job_file)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True,
-        env={"GLIBC_TUNABLES": _ALLOCATION} | os.environ | {"PYTHONPATH": ours},
-    )  # fmt: skip
-
-
-def _events(child: subprocess.Popen[bytes]) -> Iterator[Progress]:
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.endswith(b"\n"):
-            yield json.loads(line)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _last_words(log: Path, start: int) -> str:
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - _LAST_WORDS))
-        return file.read().decode(errors="replace").strip()
-
-
-def _obituary(job: TrainingJob, code: int, step: int | None, words: str) -> str:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    where = "before its first step" if step is None else f"after step {step}"
-    memory = "If the machine ran out of memory, lower micro_batch_size or set gradient_checkpointing. " if code == -9 else ""
-    return (
-        f"training ({job.kind}): expected a model in {job.output}, got none: the process {how} {where}. "
-        f"{memory}Run again to go on from the last checkpoint in {job.work_dir}.\n"
-        f"Its last words:\n{words or '(none)'}"
-    )
+    env = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": _ALLOCATION}
+    step = 0
+    with Child("srlm_core.engines.trl", [str(job_file)], log=log, env=env, channel=True) as child:
+        for event in map(json.loads, child.channel or ()):
+            if event["event"] == "done":
+                child.wait(_GRACE_S)
+                return TrainingResult.model_validate(event["result"])
+            if event["event"] == "failed":
+                raise TrainingFailed(event["message"])
+            step = event["step"] if event["event"] == "step" else step
+            if on_progress is not None:
+                on_progress(event)
+        raise TrainingFailed(
+            f"training ({job.kind}): expected a model in {job.output}, got none after step {step}: {child.obituary()}\n"
+            f"Run again to go on from the last checkpoint in {job.work_dir}; if memory ran out, first lower "
+            "micro_batch_size or set gradient_checkpointing."
+        )

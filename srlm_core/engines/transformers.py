@@ -1,20 +1,19 @@
-"""The transformers engine: plain PyTorch, wherever that runs. Slower than vLLM, and needs nothing else.
+"""The transformers engine: plain PyTorch, wherever that runs. Slower than vLLM, and needs nothing else."""
 
-Its child decodes one running batch: sequences leave it when they end, others join it, and each draws from a random
-stream of its own, so what else is in the batch does not change its draws.
-"""
+from collections.abc import Mapping
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from srlm_core.engines.local import LocalEngine
 
-import torch
-from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicLayer
 
-from srlm_core.config import EngineConfig
-from srlm_core.engines.local import Answer, Chosen, Completed, LocalEngine, Start, Weighed
-from srlm_core.engines.nucleus import nucleus
-from srlm_core.engines.protocol import Completion, LogProb, TokenScores
-from srlm_core.engines.rendering import Renderer
-from srlm_core.engines.serving import Assess, Compare, Continue, Task, serve
+class TransformersEngine(LocalEngine):
+    """The parent's side; engines/decoding.py is the child's."""
+
+    kind = "transformers"
+    module = "srlm_core.engines.decoding"
+
+    def environment(self) -> Mapping[str, str]:
+        chosen = {"CUDA_VISIBLE_DEVICES": ",".join(self.placement.gpus)} if self.placement.gpus else {}
+        return chosen | {
+            "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(len(self.cores)),
+        }  # fmt: skip

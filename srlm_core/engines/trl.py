@@ -15,16 +15,16 @@ import math
 import os
 import resource
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from srlm_core.config import DpoConfig
-from srlm_core.engines.training_job import DroppedRow, Progress, TrainingJob, TrainingResult
+from srlm_core.engines import hardware
+from srlm_core.engines.child import channel_to_parent
+from srlm_core.engines.training_job import DroppedRow, TrainingJob, TrainingResult
 from srlm_core.errors import SrlmError, TrainingFailed
 
 os.environ.update(
@@ -33,7 +33,8 @@ os.environ.update(
 )  # fmt: skip
 if __name__ == "__main__":
     # transformers imports what it finds and training never calls: a second and a half of start-up
-    sys.modules.update(dict.fromkeys(("sklearn", "scipy", "vllm", "deepspeed", "mlflow", "wandb"), None))  # type: ignore[arg-type]
+    for unused in ("sklearn", "scipy", "vllm", "deepspeed", "mlflow", "wandb"):
+        sys.modules[unused] = None  # type: ignore[assignment]
     # transformers and TRL each read the metadata of every installed package: once is enough
     importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
 
@@ -95,7 +96,9 @@ def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
             f"training ({kind}): expected a Parquet file of rows at {path}, got: {error}. Make the rows again."
         ) from error
     if not rows:
-        raise TrainingFailed(f"training ({kind}): expected rows in {path}, got none. Nothing can be learnt from no row.")
+        raise TrainingFailed(
+            f"training ({kind}): expected rows in {path}, got none. Nothing can be learnt from no row."
+        )
     return rows
 
 
@@ -141,12 +144,15 @@ def end_tokens(tokenizer: Any, generation: GenerationConfig) -> set[int]:
 def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
     """Columns as TRL names them once tokenized."""
     if kind == "sft":
-        return Dataset.from_list([
-            {"input_ids": row.prompt + row.completions[0], "labels": [-100] * len(row.prompt) + row.completions[0]} for row in rows
-        ])
-    return Dataset.from_list([
-        {"prompt_ids": row.prompt, "chosen_ids": row.completions[0], "rejected_ids": row.completions[1]} for row in rows
-    ])
+        return Dataset.from_dict({
+            "input_ids": [row.prompt + row.completions[0] for row in rows],
+            "labels": [[-100] * len(row.prompt) + row.completions[0] for row in rows],
+        })  # fmt: skip
+    return Dataset.from_dict({
+        "prompt_ids": [row.prompt for row in rows],
+        "chosen_ids": [row.completions[0] for row in rows],
+        "rejected_ids": [row.completions[1] for row in rows],
+    })  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- trainers
@@ -178,6 +184,8 @@ class _Ours:
     """What both trainers do our way: steps by StepSampler, means over rows, no model card."""
 
     sampler: StepSampler
+    model: Any
+    accelerator: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         return self.sampler
@@ -197,21 +205,19 @@ class _Dpo(_Ours, DPOTrainer):
     """DPOTrainer on rows that are tokenized already; every row of a step weighs the same, whatever its micro batch."""
 
     loss_is_scaled_for_ga = True
-    reference_file: Path
-    report: "Report"
 
-    def __init__(self, *args: Any, reference_file: Path, report: "Report", **kwargs: Any) -> None:
-        self.reference_file, self.report = reference_file, report
+    def __init__(self, *args: Any, folder: Path, report: "Report", **kwargs: Any) -> None:
+        self.folder, self.report = folder, report
         self._micro_rows: dict[str, list[int]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         self.ref_model = None  # its log-probabilities are on file: the memory of one model is enough
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Score each pair once under the reference, into a file that survives us: the reference never changes."""
-        path = self.reference_file.with_name(f"reference_{name}.jsonl")
+        path = self.folder / f"reference_{name}.jsonl"
         known = {entry["row"]: entry for entry in _read_lines(path)}
         length = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
         todo = sorted((i for i in range(len(dataset)) if i not in known), key=lambda i: -length[i])
@@ -235,7 +241,9 @@ class _Dpo(_Ours, DPOTrainer):
         n_rows = torch.tensor(sum(_n_pairs(sample) for sample in samples), device=self.args.device)
         return samples, self.accelerator.gather(n_rows).sum()
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         self._micro_rows["train" if self.model.training else "eval"].append(_n_pairs(inputs))
         loss = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
@@ -259,22 +267,25 @@ def _n_pairs(batch: dict[str, torch.Tensor]) -> int:
 
 
 class Report:
-    """Say events to the parent, one JSON line each, on the descriptor that was our stdout."""
+    """Tell the parent what happens; without a parent, as when run by hand, nobody."""
 
     def __init__(self) -> None:
-        self._pipe = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print is words, not events
+        try:
+            self._channel = channel_to_parent()
+        except KeyError:
+            self._channel = None
 
     def __call__(self, **event: Any) -> None:
-        self._pipe.write(json.dumps(event) + "\n")
-        self._pipe.flush()
+        if self._channel is not None:
+            self._channel.send(json.dumps(event).encode())
 
 
 class Checkpoints(TrainerCallback):
     """Save when time or steps say so, and check the held-out rows at the steps and at the end."""
 
     def __init__(self, job: TrainingJob, report: Report) -> None:
-        self.settings, self.heldout, self.report, self.saved_at = job.settings, job.heldout is not None, report, time.monotonic()
+        self.settings, self.heldout, self.report = job.settings, job.heldout is not None, report
+        self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint, and for a check where one is due."""
@@ -337,7 +348,8 @@ class Log(TrainerCallback):
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             raise TrainingFailed(
                 f"training ({self.job.kind}): expected a finite loss at step {row['step']}, got loss={row['loss']}, "
-                f"grad_norm={row['grad_norm']}. Lower learning_rate ({self.job.settings.learning_rate:g}) or max_grad_norm."
+                f"grad_norm={row['grad_norm']}. Lower learning_rate ({self.job.settings.learning_rate:g}) or "
+                "max_grad_norm."
             )
         now = time.monotonic()
         self.report(event="step", step=row["step"], total_steps=total, loss=row["loss"],
@@ -418,18 +430,20 @@ def fingerprint(job: TrainingJob) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def load_rows(job: TrainingJob, tokenizer: Any, report: Report) -> tuple[list[Tokenized], list[Tokenized], list[DroppedRow]]:
+def load_rows(
+    job: TrainingJob, tokenizer: Any, report: Report
+) -> tuple[list[Tokenized], list[Tokenized], list[DroppedRow]]:
     """Tokenize rows and held-out rows; leave out, count and report first what is longer than max_length."""
     if tokenizer.chat_template is None:
         raise TrainingFailed(
-            f"training ({job.kind}): expected a chat template in {job.init_from}, got none. Add a chat_template.jinja to it."
+            f"training ({job.kind}): expected a chat template in {job.init_from}, got none. Add a chat_template.jinja."
         )
-    generation = _generation_config(job.init_from)
-    ends = end_tokens(tokenizer, generation)
+    ends = end_tokens(tokenizer, _generation_config(job.init_from))
+    sources = [("too_long", job.rows)] + ([("heldout_too_long", job.heldout)] if job.heldout is not None else [])
     kept: dict[str, list[Tokenized]] = {"too_long": [], "heldout_too_long": []}
     dropped = []
-    for reason, path in (("too_long", job.rows), ("heldout_too_long", job.heldout)):
-        for row in read_rows(path, job.kind) if path is not None else ():
+    for reason, path in sources:
+        for row in read_rows(path, job.kind):
             tokenized = tokenize(row, job.kind, tokenizer, ends)
             if tokenized.n_tokens > job.settings.max_length:
                 dropped.append(DroppedRow(tokenized.id, reason, tokenized.n_tokens))
@@ -437,12 +451,12 @@ def load_rows(job: TrainingJob, tokenizer: Any, report: Report) -> tuple[list[To
             else:
                 kept[reason].append(tokenized)
     report(event="rows", n_rows=len(kept["too_long"]), n_heldout=len(kept["heldout_too_long"]), n_dropped=len(dropped))
-    for reason, path in (("too_long", job.rows), ("heldout_too_long", job.heldout)):
-        if path is not None and not kept[reason]:
+    for reason, path in sources:
+        if not kept[reason]:
             shortest = min(row.n_tokens for row in dropped if row.reason == reason)
             raise TrainingFailed(
-                f"training ({job.kind}): expected rows of at most max_length={job.settings.max_length} tokens in {path}, "
-                f"got none: the shortest of {len(dropped)} has {shortest}. Raise max_length."
+                f"training ({job.kind}): expected rows of at most max_length={job.settings.max_length} tokens in "
+                f"{path}, got none: the shortest has {shortest}. Raise max_length."
             )
     return kept["too_long"], kept["heldout_too_long"], dropped
 
@@ -473,13 +487,7 @@ def load_model(path: Path, job: TrainingJob) -> Any:
 
 def use_bfloat16(precision: str) -> bool:
     """Say whether the passes run under bfloat16 autocast; `auto` where the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return hardware.multiplies_bfloat16() if precision == "auto" else precision == "bfloat16"
 
 
 def micro_batches(job: TrainingJob) -> tuple[int, int]:
@@ -519,7 +527,9 @@ def arguments(job: TrainingJob, heldout: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_trainer(job: TrainingJob, rows: list[Tokenized], heldout: list[Tokenized], tokenizer: Any, report: Report) -> Any:
+def make_trainer(
+    job: TrainingJob, rows: list[Tokenized], heldout: list[Tokenized], tokenizer: Any, report: Report
+) -> Any:
     """Put model, rows and settings into TRL's trainer."""
     given: dict[str, Any] = {
         "model": load_model(job.init_from, job), "processing_class": tokenizer, "peft_config": lora(job),
@@ -528,11 +538,13 @@ def make_trainer(job: TrainingJob, rows: list[Tokenized], heldout: list[Tokenize
     }  # fmt: skip
     words = arguments(job, bool(heldout))
     if isinstance(job.settings, DpoConfig):
-        other = job.reference is not None and job.reference.resolve() != job.init_from.resolve()
+        reference = job.reference or job.init_from
+        is_itself = reference.resolve() == job.init_from.resolve()
+        words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
         trainer = _Dpo(
-            args=DPOConfig(beta=job.settings.beta, precompute_ref_log_probs=True, precompute_ref_batch_size=2 * micro_batches(job)[0], **words),
-            ref_model=load_model(job.reference, job) if other else None,
-            reference_file=job.work_dir / "reference", report=report, **given,
+            args=DPOConfig(beta=job.settings.beta, **words),
+            ref_model=None if is_itself else load_model(reference, job),
+            folder=job.work_dir, report=report, **given,
         )  # fmt: skip
     else:
         trainer = _Sft(args=SFTConfig(**words), **given)
@@ -592,24 +604,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def end_with_parent() -> None:
-    """Kill our whole session when the parent's end of stdin closes, which no death of the parent can prevent."""
-    if os.getsid(0) != os.getpid():
-        return  # started by hand: the session is somebody else's
-
-    def wait() -> NoReturn:
-        while os.read(0, 4096):
-            pass
-        os.killpg(0, signal.SIGKILL)
-        raise SystemExit
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> int:
     """Run the job named on the command line."""
     report = Report()
-    end_with_parent()
     job = TrainingJob.model_validate_json(Path(sys.argv[1]).read_text())
     try:
         result = run(job, report)

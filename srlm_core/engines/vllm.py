@@ -14,6 +14,8 @@ from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.serving import Assess, Compare, Continue, Task, serve
 
 _GIB = 2**30
+EXTRA = "srlm_top_p"
+"""Where a request carries its top_p to engines/nucleus.py; its own top_p is then 1."""
 
 
 class VllmEngine(LocalEngine):
@@ -52,7 +54,7 @@ class VllmRunner:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._ends = sorted(renderer.ends)
+        self._ends, self._nucleus = sorted(renderer.ends), not start.gpu
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments(start, config, context)))
         self._tasks: dict[str, tuple[Task, int]] = {}
 
@@ -90,8 +92,9 @@ class VllmRunner:
         from vllm.sampling_params import RequestOutputKind
 
         asked, request = task.request.sampling, task.request
+        ours = self._nucleus and 0 < asked.top_p < 1 and asked.temperature > 0
         return SamplingParams(
-            temperature=asked.temperature, top_p=asked.top_p, max_tokens=asked.max_tokens, stop=list(asked.stop),
+            temperature=asked.temperature, top_p=1.0 if ours else asked.top_p, extra_args={EXTRA: asked.top_p} if ours else None, max_tokens=asked.max_tokens, stop=list(asked.stop),
             stop_token_ids=self._ends, seed=request.seed + index if asked.temperature else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
@@ -123,14 +126,15 @@ def arguments(start: Start, config: EngineConfig, context: int) -> dict[str, Any
     shared = {
         "model": start.model, "dtype": config.dtype, "max_model_len": context, "max_num_seqs": config.max_sequences,
         "enforce_eager": not config.compiled, "enable_prefix_caching": True, "disable_log_stats": True,
-        "trust_remote_code": start.trust_remote_code, "seed": 0,
+        "trust_remote_code": start.trust_remote_code, "seed": 0, "generation_config": "vllm",
     }  # fmt: skip
     if start.gpu:
         return shared | {"tensor_parallel_size": config.tensor_parallel, "gpu_memory_utilization": config.gpu_memory}
     kv_cache = config.kv_cache_gib * _GIB if config.kv_cache_gib else min(8 * _GIB, hardware.free_memory() / 4)
     # A prompt split by chunked prefill ends vLLM's CPU backend when its request has a seed
     whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 2048)}
-    return shared | whole_prompts | {"kv_cache_memory_bytes": int(kv_cache), "distributed_executor_backend": "uni"}
+    sampler = {"logits_processors": ["srlm_core.engines.nucleus:NucleusProcessor"]}
+    return shared | whole_prompts | sampler | {"kv_cache_memory_bytes": int(kv_cache), "distributed_executor_backend": "uni"}
 
 
 if __name__ == "__main__":

@@ -61,9 +61,7 @@ def judge(shard: Shard) -> tuple[pa.Table, pa.Table]:
         first=first,
     )
     order = {task.target_id: place for place, task in enumerate(work)}
-    rows = sorted(
-        present.to_pylist() + made.to_pylist(), key=lambda row: (order[row["target_id"]], row["index"])
-    )
+    rows = sorted(present.to_pylist() + made.to_pylist(), key=lambda row: (order[row["target_id"]], row["index"]))
     return schemas.table(rows, schemas.JUDGMENTS), drops
 
 

@@ -74,7 +74,9 @@ def _spell(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, list(_all_fields()), n=3, cutoff=0.6)
-        return f"unknown setting {where!r}." + (f" Did you mean {' or '.join(near)}?" if near else " See `srlm recipes --settings`.")
+        return f"unknown setting {where!r}." + (
+            f" Did you mean {' or '.join(near)}?" if near else " See `srlm recipes --settings`."
+        )
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{where}: expected {problem['msg'].removeprefix('Input should be ')}, got {problem['input']!r}."

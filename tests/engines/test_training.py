@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from engines.real import small_model
 
 from srlm_core.config import DpoConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, train
@@ -22,8 +23,8 @@ from srlm_core.errors import TrainingFailed
 
 pytestmark = pytest.mark.engine
 
-TOKENIZER = Path(os.environ.get("SRLM_TEST_MODEL", "/tmp/exp/M0"))
-WORDS = "a model learns from what it says and keeps the better of two answers because someone ranked them".split()
+WORDS = ("a", "model", "learns", "from", "what", "it", "says", "and", "keeps", "better", "of", "two", "answers")
+ROLES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +38,6 @@ def child() -> Any:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers and 64 dimensions behind SmolLM2's tokenizer and chat template."""
-    if not (TOKENIZER / "tokenizer.json").exists():
-        pytest.skip(f"expected a SmolLM2 checkpoint in {TOKENIZER}; set SRLM_TEST_MODEL")
     return _tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
 
 
@@ -61,7 +60,7 @@ def _tiny_model(path: Path, seed: int) -> Path:
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    AutoTokenizer.from_pretrained(small_model()).save_pretrained(path)
     return path
 
 
@@ -78,7 +77,7 @@ def _rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for i in range(n):
         row = {"id": f"r{i}", "prompt": _said("user", _text(rng))}
-        columns = ("completion",) if kind == "sft" else ("chosen", "rejected")
+        columns = ("completion",) if kind == "sft" else ROLES
         rows.append(row | {column: _said("assistant", _text(rng)) for column in columns})
     return rows
 
@@ -91,7 +90,13 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def _job(tmp_path: Path, kind: str, model: Path, rows: list[dict[str, Any]], *, name: str = "M1", heldout: Any = None,
          reference: Path | None = None, seed: int = 0, **settings: Any) -> TrainingJob:  # fmt: skip
     """A job whose settings are quick unless said otherwise: steps of 4 rows at a rate that shows."""
-    defaults = {"learning_rate": 1e-3, "final_learning_rate": 1e-4, "batch_size": 4, "micro_batch_size": 4, "max_length": 256}
+    defaults = {
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "max_length": 256,
+    }
     return TrainingJob(
         kind=kind, rows=_write(tmp_path / f"{name}.parquet", rows), init_from=model, reference=reference, seed=seed,
         heldout=None if heldout is None else _write(tmp_path / f"{name}_heldout.parquet", heldout),
@@ -141,12 +146,17 @@ def test_a_template_without_an_end_of_turn_token_is_refused(child: Any, tiny: Pa
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(TrainingFailed, match="never stops"):
         child.tokenize(_rows("sft", 1)[0], "sft", tokenizer, {2})
 
 
-def test_rows_that_are_too_long_are_left_out_reported_first_and_never_cut(child: Any, tiny: Path, tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_left_out_reported_first_and_never_cut(
+    child: Any, tiny: Path, tmp_path: Path
+) -> None:
     rows = _rows("sft", 6)
     rows[2]["completion"] = _said("assistant", "word " * 100)
     job = _job(tmp_path, "sft", tiny, rows, max_length=90)
@@ -166,7 +176,7 @@ def test_rows_that_are_too_long_are_left_out_reported_first_and_never_cut(child:
 
 
 def test_when_every_row_is_too_long_the_error_says_how_long(child: Any, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed, match=r"max_length=16.*the shortest of 3 has \d+\. Raise max_length"):
+    with pytest.raises(TrainingFailed, match=r"max_length=16.*the shortest has \d+\. Raise max_length"):
         _run(child, _job(tmp_path, "sft", tiny, _rows("sft", 3), max_length=16))
 
 
@@ -183,14 +193,14 @@ def test_dpo_loss_is_the_papers(child: Any, tiny: Path, tmp_path: Path) -> None:
     """beta 0.1, logp chosen -40 (reference -42), rejected -52 (reference -50): 0.1 x (2 - -2) = 0.4."""
     import torch
 
-    def loss_of(chosen: float, rejected: float, chosen_reference: float, rejected_reference: float) -> tuple[float, float]:
-        sums = torch.tensor([[float(chosen)], [float(rejected)]], requires_grad=True)
+    def loss_of(*, policy: tuple[float, float], reference: tuple[float, float]) -> tuple[float, float]:
+        sums = torch.tensor([[value] for value in policy], requires_grad=True)
         zero = torch.zeros(2, 1)
         model = lambda **_: SimpleNamespace(log_probs=sums, entropy=zero, mean_logits=zero, is_top1=zero.bool())  # noqa: E731
         ones = torch.ones(2, 2, dtype=torch.long)
-        inputs = {"input_ids": ones, "attention_mask": ones, "completion_mask": ones,
-                  "ref_chosen_logps": torch.tensor([float(chosen_reference)]), "ref_rejected_logps": torch.tensor([float(rejected_reference)])}  # fmt: skip
-        loss = trainer.compute_loss(model, inputs)
+        inputs = {"input_ids": ones, "attention_mask": ones, "completion_mask": ones}
+        references = {f"ref_{role}_logps": torch.tensor([value]) for role, value in zip(ROLES, reference, strict=True)}
+        loss = trainer.compute_loss(model, inputs | references)
         loss.backward()
         return loss.item(), sums.grad[0].item()
 
@@ -198,8 +208,12 @@ def test_dpo_loss_is_the_papers(child: Any, tiny: Path, tmp_path: Path) -> None:
     child.claim(job.model_copy(update={"work_dir": _made(job.work_dir)}))
     rows, _, _ = child.load_rows(job, _tokenizer(tiny), lambda **_: None)
     trainer = child.make_trainer(job, rows, [], _tokenizer(tiny), lambda **_: None)
-    assert loss_of(-40, -52, -42, -50) == pytest.approx((0.513015, -0.040131), abs=1e-4)  # -0.1 x sigmoid(-0.4)
-    assert loss_of(-52, -40, -50, -42)[0] == pytest.approx(0.913015, abs=1e-4)  # the same pair, labels swapped
+    assert loss_of(policy=(-40.0, -52.0), reference=(-42.0, -50.0)) == pytest.approx(
+        (0.513015, -0.040131), abs=1e-4
+    )  # -0.1 x sigmoid(-0.4)
+    assert loss_of(policy=(-52.0, -40.0), reference=(-50.0, -42.0))[0] == pytest.approx(
+        0.913015, abs=1e-4
+    )  # the same pair, labels swapped
 
 
 def _made(path: Path) -> Path:
@@ -213,7 +227,9 @@ def _tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def test_another_reference_moves_the_first_loss_and_is_the_one_asked(child: Any, tiny: Path, other: Path, tmp_path: Path) -> None:
+def test_another_reference_moves_the_first_loss_and_is_the_one_asked(
+    child: Any, tiny: Path, other: Path, tmp_path: Path
+) -> None:
     result, _ = _run(child, _job(tmp_path, "dpo", tiny, _rows("dpo", 4), reference=other))
     assert abs(result.log[0]["loss"] - math.log(2)) > 1e-3
     mirrored, _ = _run(child, _job(tmp_path, "dpo", other, _rows("dpo", 4), reference=tiny, name="mirrored"))
@@ -292,19 +308,33 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused(child: Any, tiny: P
         _run(child, _job(tmp_path, "sft", tiny, _rows("sft", 4), batch_size=4, micro_batch_size=3))
 
 
-def test_bfloat16_arithmetic_moves_what_float32_moves_at_the_papers_rate(child: Any, tiny: Path, tmp_path: Path) -> None:
+def test_bfloat16_arithmetic_moves_what_float32_moves_at_the_papers_rate(
+    child: Any, tiny: Path, tmp_path: Path
+) -> None:
     """The weights stay float32: stored in bfloat16, a step of 1e-6 would vanish."""
     moved = {}
     before = _weights(tiny)
     for precision in ("float32", "bfloat16"):
-        job = _job(tmp_path, "dpo", tiny, _rows("dpo", 8), name=precision, precision=precision, learning_rate=1e-6, final_learning_rate=1e-7)
+        job = _job(
+            tmp_path,
+            "dpo",
+            tiny,
+            _rows("dpo", 8),
+            name=precision,
+            precision=precision,
+            learning_rate=1e-6,
+            final_learning_rate=1e-7,
+        )
         _run(child, job)
         after = _weights(job.output)
         moved[precision] = {name: (after[name] - before[name]).detach() for name in before}
     full = sum((delta != 0).sum().item() for delta in moved["float32"].values())
     both = sum(((moved["bfloat16"][name] != 0) & (delta != 0)).sum().item() for name, delta in moved["float32"].items())
     assert both / full >= 0.95
-    norms = {precision: math.sqrt(sum(d.double().pow(2).sum().item() for d in deltas.values())) for precision, deltas in moved.items()}
+    norms = {
+        precision: math.sqrt(sum(d.double().pow(2).sum().item() for d in deltas.values()))
+        for precision, deltas in moved.items()
+    }
     assert norms["bfloat16"] == pytest.approx(norms["float32"], rel=0.05)
 
 
@@ -317,7 +347,9 @@ def test_a_loss_that_is_no_number_ends_the_run(child: Any, tiny: Path, tmp_path:
 
 
 @pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
-def test_the_model_is_a_plain_checkpoint_with_its_chat_template(save_dtype: str, child: Any, tiny: Path, tmp_path: Path) -> None:
+def test_the_model_is_a_plain_checkpoint_with_its_chat_template(
+    save_dtype: str, child: Any, tiny: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     job = _job(tmp_path, "sft", tiny, _rows("sft", 4), save_dtype=save_dtype)
@@ -334,7 +366,9 @@ def test_the_model_is_a_plain_checkpoint_with_its_chat_template(save_dtype: str,
 
 @pytest.mark.parametrize("far_reference", [False, True])
 def test_lora_ends_as_a_plain_model(far_reference: bool, child: Any, tiny: Path, other: Path, tmp_path: Path) -> None:
-    job = _job(tmp_path, "dpo", tiny, _rows("dpo", 8), lora_rank=4, epochs=2, reference=other if far_reference else tiny)
+    job = _job(
+        tmp_path, "dpo", tiny, _rows("dpo", 8), lora_rank=4, epochs=2, reference=other if far_reference else tiny
+    )
     result, _ = _run(child, job)
     at_ln_2 = result.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert at_ln_2 != far_reference
@@ -358,13 +392,27 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_training(child: Any, tiny
     assert result.steps == result.best_step + 2 * job.settings.patience
     assert result.steps < 80
     assert [event["step"] for event in events if event["event"] == "evaluated"] == list(checks)
-    again, _ = _run(child, _job(tmp_path, "sft", job.output, rows, name="check", heldout=heldout, learning_rate=1e-12, final_learning_rate=0))
+    again, _ = _run(
+        child,
+        _job(
+            tmp_path, "sft", job.output, rows, name="check", heldout=heldout, learning_rate=1e-12, final_learning_rate=0
+        ),
+    )
     assert again.log[-1]["eval_loss"] == pytest.approx(checks[result.best_step], abs=1e-4)
 
 
 def test_held_out_pairs_are_counted_one_by_one(child: Any, tiny: Path, tmp_path: Path) -> None:
     """5 pairs in batches of 4: the share is of 5, not the mean of two batches."""
-    job = _job(tmp_path, "dpo", tiny, _rows("dpo", 8), heldout=_rows("dpo", 5, seed=4), epochs=3, checkpoint_steps=1, patience=50)
+    job = _job(
+        tmp_path,
+        "dpo",
+        tiny,
+        _rows("dpo", 8),
+        heldout=_rows("dpo", 5, seed=4),
+        epochs=3,
+        checkpoint_steps=1,
+        patience=50,
+    )
     result, _ = _run(child, job)
     shares = [row["eval_rewards/accuracies"] for row in result.log if "eval_rewards/accuracies" in row]
     assert len(shares) == 6
@@ -378,11 +426,15 @@ def test_held_out_pairs_are_counted_one_by_one(child: Any, tiny: Path, tmp_path:
 
 def _the_child() -> int:
     """Process id of the one training child of this process."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "srlm_core.engines.trl"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "srlm_core.engines.trl"], capture_output=True, text=True, check=True
+    )
     return int(found.stdout.split()[0])
 
 
-def test_a_killed_training_goes_on_and_ends_where_an_undisturbed_one_does(child: Any, tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_and_ends_where_an_undisturbed_one_does(
+    child: Any, tiny: Path, tmp_path: Path
+) -> None:
     rows, settings = _rows("dpo", 12), {"epochs": 4, "checkpoint_steps": 2, "micro_batch_size": 2}
     calm, _ = _run(child, _job(tmp_path, "dpo", tiny, rows, name="calm", **settings))
     job = _job(tmp_path, "dpo", tiny, rows, name="killed", **settings)
@@ -417,7 +469,11 @@ def test_killed_before_the_final_save_it_trains_no_step_more(
     checked: bool, child: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With held-out checks the last step has a checkpoint, without them the last two steps are taken again."""
-    settings = {"epochs": 20, "learning_rate": 2e-2, "checkpoint_steps": 2, "patience": 1} if checked else {"epochs": 3, "checkpoint_steps": 4}
+    settings = (
+        {"epochs": 20, "learning_rate": 2e-2, "checkpoint_steps": 2, "patience": 1}
+        if checked
+        else {"epochs": 3, "checkpoint_steps": 4}
+    )
     heldout = _rows("sft", 4, seed=9) if checked else None
     calm, _ = _run(child, _job(tmp_path, "sft", tiny, _rows("sft", 8), name="calm", heldout=heldout, **settings))
     job = _job(tmp_path, "sft", tiny, _rows("sft", 8), name="killed", heldout=heldout, **settings)
@@ -425,9 +481,10 @@ def test_killed_before_the_final_save_it_trains_no_step_more(
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(child, "save", die)
-        _run(child, job)
+        with pytest.raises(KeyboardInterrupt):
+            _run(child, job)
     result, events = _run(child, job)
     assert (result.steps, result.best_step) == (calm.steps, calm.best_step)
     assert [row["step"] for row in result.log] == [row["step"] for row in calm.log]
@@ -458,11 +515,15 @@ def test_no_child_outlives_its_parent(tiny: Path, tmp_path: Path) -> None:
     )
     described = tmp_path / "described.json"
     described.write_text(job.model_dump_json())
-    parent = subprocess.Popen([sys.executable, "-c", script, str(described), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(described), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     while parent.stdout.readline().strip() != "step":
         assert parent.poll() is None
-    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert children
     parent.kill()
     parent.wait()

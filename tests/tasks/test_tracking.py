@@ -1,0 +1,283 @@
+"""What MLflow holds of a campaign: each thing once, in its place, and the models come back."""
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from flows.campaign import run_campaign
+from srlm_core import recipes, store
+from srlm_core.backend import make_backend
+from srlm_core.engines.scripted import skill_of
+from srlm_core.errors import ModelError
+from srlm_core.store import Campaign
+from tasks.background import Background
+from tasks.tracking import Point, Record, connect, restore_model, tracking_uri
+
+TINY = (
+    "prompts.target=8", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4",
+    "evaluation.prompts=8", "evaluation.heldout_groups=6", "evaluation.text_judgments=8",
+    "evaluation.bootstrap_samples=20",
+)  # fmt: skip
+
+
+class Recorded(NamedTuple):
+    """A root with a campaign in it that MLflow has recorded."""
+
+    root: Path
+    uri: str
+
+    @property
+    def client(self) -> Any:
+        return connect(self.uri)
+
+    def runs(self, **tags: str) -> list[Any]:
+        found = [run for e in self.client.search_experiments() for run in self.client.search_runs([e.experiment_id])]
+        return [run for run in found if tags.items() <= run.data.tags.items()]
+
+    def parent(self, name: str = "c") -> Any:
+        (found,) = self.runs(**{"srlm.campaign": name, "srlm.role": "campaign"})
+        return found
+
+    def points(self, run: Any, metric: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
+
+    def models(self) -> dict[str, Any]:
+        experiment = self.client.get_experiment_by_name("srlm").experiment_id
+        return {model.name: model for model in self.client.search_logged_models([experiment])}
+
+    def everything(self) -> Any:
+        """All that was logged, to compare before and after."""
+        runs = {run.info.run_id: run for run in self.runs()}
+        metrics = {key: {name: self.points(run, name) for name in run.data.metrics} for key, run in runs.items()}
+        params = {key: run.data.params for key, run in runs.items()}
+        inputs = {
+            key: sorted((given.dataset.name, given.dataset.digest) for given in run.inputs.dataset_inputs)
+            for key, run in runs.items()
+        }
+        models = {model.model_id: (name, dict(model.tags)) for name, model in self.models().items()}
+        return metrics, params, inputs, models
+
+
+def run(root: Path, *overrides: str, name: str = "c") -> Path:
+    config = recipes.load("smoke", overrides=[*TINY, *overrides])
+    with Campaign(root, name) as campaign:
+        campaign.logs.mkdir(exist_ok=True)
+        store.write_json(campaign.config_path, config.model_dump(mode="json"))
+        backend = make_backend(config, cache=root / ".cache", logs=campaign.logs)
+        run_campaign(config, campaign, backend=backend, use_prefect=False, use_mlflow=True)
+    return campaign.folder
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    root = tmp_path_factory.mktemp("recorded")
+    run(root)
+    return Recorded(root, f"sqlite:///{root / 'mlflow.db'}")
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(logging.WARNING)
+    logging.getLogger("srlm").addHandler(listener)
+    yield said
+    logging.getLogger("srlm").removeHandler(listener)
+
+
+def test_a_campaign_is_a_run_with_a_child_for_each_training(recorded: Recorded) -> None:
+    parent = recorded.parent()
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["responses.n"] == "4"
+    assert parent.data.tags["config_hash"]
+    children = recorded.runs(**{"mlflow.parentRunId": parent.info.run_id})
+    names = {child.info.run_name for child in children}
+    assert names == {"bootstrap sft_baseline", "bootstrap M1", "iteration 1", "iteration 2"}
+    assert {child.info.status for child in children} == {"FINISHED"}
+
+
+def test_steps_of_the_campaign_are_iterations_and_those_of_a_training_its_optimizer_steps(recorded: Recorded) -> None:
+    parent = recorded.parent()
+    assert [step for step, _ in recorded.points(parent, "judgments/readable_rate")] == [1, 2]
+    assert sorted(step for step, _ in recorded.points(parent, "evaluation/judge_pairwise_accuracy")) == [0, 1, 2, 3]
+    assert [step for step, _ in recorded.points(parent, "responses/tokens_so_far")] == [1, 2, 3]
+    assert recorded.points(parent, "judgments/engine_hours_so_far")
+    for child in recorded.runs(**{"mlflow.parentRunId": parent.info.run_id}):
+        log = {"iteration 1": "iter_01/training", "iteration 2": "iter_02/training"}
+        work_dir = log.get(child.info.run_name, f"bootstrap/training/{child.info.run_name.rpartition(' ')[2]}")
+        curve = store.read_part(recorded.root / "c" / work_dir / "log.parquet").to_pylist()
+        assert sorted(recorded.points(child, "training/loss")) == [(row["step"], row["loss"]) for row in curve]
+        assert recorded.points(child, "training/learning_rate")
+
+
+def test_what_a_model_was_trained_on_is_there_by_digest_without_its_rows(recorded: Recorded) -> None:
+    (child,) = recorded.runs(**{"srlm.model": "M2"})
+    given = {item.dataset.name: item.dataset for item in child.inputs.dataset_inputs}
+    assert given.keys() == {f"iter_01/{name}" for name in ("prompts", "responses", "judgments", "pairs")}
+    parts = store.parts(recorded.root / "c" / "iter_01" / "pairs")
+    stamps = [store.stamp_of(path) for path in parts]
+    assert given["iter_01/pairs"].digest == store.digest(*[stamp.digest for stamp in stamps if stamp])
+
+
+def test_every_model_is_logged_with_its_digest_its_origin_and_its_numbers(recorded: Recorded) -> None:
+    models = recorded.models()
+    assert models.keys() == {"c-M0", "c-sft_baseline", "c-M1", "c-M2", "c-M3"}
+    digests = {
+        name: store.read_json(recorded.root / "c/models" / name / "complete.json")["digest"] for name in ("M1", "M2")
+    }
+    assert models["c-M2"].tags["digest"] == digests["M2"]
+    assert models["c-M2"].tags["trained_from"] == f"M1 {digests['M1']}"
+    measured = {metric.key for metric in models["c-M2"].metrics}
+    assert {"evaluation/judge_pairwise_accuracy", "evaluation/win_rate_vs_M1"} <= measured
+
+
+def test_the_report_and_the_settings_are_artifacts(recorded: Recorded) -> None:
+    listed = {item.path for item in recorded.client.list_artifacts(recorded.parent().info.run_id)}
+    assert {"config.json", "timings.json", "usage.json"} <= listed
+    assert (recorded.root / "mlartifacts").is_dir()
+
+
+def test_the_same_campaign_again_doubles_nothing(recorded: Recorded) -> None:
+    before = recorded.everything()
+    run(recorded.root)
+    assert recorded.everything() == before
+
+
+def test_a_training_that_went_on_after_a_crash_has_one_curve(tmp_path: Path, recorded: Recorded) -> None:
+    config = recipes.load("smoke", overrides=TINY)
+    shutil.copytree(recorded.root / "c", tmp_path / "d")
+    (tmp_path / "d" / "mlflow.json").unlink()
+    for _ in range(2):  # the second process finds what the first one has written
+        record = Record(recorded.uri, config, Campaign(tmp_path, "d"))
+        record.grow("M1", [Point("training/loss", 0.5, 1)])
+    record.trained("M1")
+    record.trained("M1")
+    (child,) = recorded.runs(**{"srlm.campaign": "d", "srlm.model": "M1"})
+    steps = store.read_json(tmp_path / "d" / "models" / "M1" / "complete.json")["steps"]
+    assert steps > 1
+    assert [step for step, _ in recorded.points(child, "training/loss")] == list(range(1, steps + 1))
+    record.end("KILLED")
+
+
+def test_a_model_comes_back_as_it_was(recorded: Recorded, tmp_path: Path) -> None:
+    target = tmp_path / "restored" / "M2"
+    restore_model(recorded.uri, recorded.parent().info.run_id, "M2", target, digest_of=digest)
+    original = recorded.root / "c" / "models" / "M2"
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+        path.name: path.read_bytes() for path in original.iterdir()
+    }
+    with pytest.raises(ModelError, match="expected a logged model 'M9'"):
+        restore_model(recorded.uri, recorded.parent().info.run_id, "M9", target, digest_of=digest)
+
+
+def test_a_checkpoint_over_the_limit_is_referenced_and_its_digest_verified(recorded: Recorded, tmp_path: Path) -> None:
+    small = ("iterations=1", 'evaluation.models="none"')
+    folder = run(recorded.root, *small, "tracking.upload_below_mb=0", name="large")
+    logged = recorded.models()["large-M2"]
+    assert logged.tags["stored"] == "false"
+    assert logged.tags["path"] == str(folder / "models" / "M2")
+    assert not list((recorded.root / "mlartifacts" / "models" / logged.model_id).rglob("*.json"))
+    parent = recorded.parent("large").info.run_id
+    restored = restore_model(recorded.uri, parent, "M2", tmp_path / "M2", digest_of=digest)
+    assert skill_of(restored) == skill_of(folder / "models" / "M2")
+    store.write_json(folder / "models" / "M2" / "scripted.json", {"skill": 0.9})
+    with pytest.raises(ModelError, match="trained again or damaged"):
+        restore_model(recorded.uri, parent, "M2", tmp_path / "again", digest_of=digest)
+
+
+def digest(folder: Path) -> str:
+    return store.digest("scripted", skill_of(folder))
+
+
+def test_a_server_that_is_gone_is_told_once_and_the_campaign_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    began = time.monotonic()
+    folder = run(tmp_path, "iterations=1", 'tracking.mlflow_uri="http://127.0.0.1:9"', 'evaluation.models="none"')
+    assert (folder / "models" / "M2" / "complete.json").exists()
+    (said,) = [line for line in told if line.startswith("MLflow")]
+    assert "the same command again logs what is missing" in said
+    assert time.monotonic() - began < 30
+
+
+def test_what_was_missed_is_made_up_for(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_without_mlflow(recorded.root, monkeypatch)
+    assert not recorded.runs(**{"srlm.campaign": "late"})
+    run(recorded.root, "iterations=1", name="late")
+    assert [step for step, _ in recorded.points(recorded.parent("late"), "judgments/readable_rate")] == [1]
+    assert {"late-M1", "late-M2"} <= recorded.models().keys()
+    assert (folder / "mlflow.json").exists()
+
+
+def run_without_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mlflow", None)
+        return run(root, "iterations=1", name="late")
+
+
+def test_a_new_folder_of_the_same_name_is_another_campaign(recorded: Recorded) -> None:
+    small = ("iterations=0", 'evaluation.models="none"')
+    for _ in range(2):
+        shutil.rmtree(recorded.root / "again", ignore_errors=True)
+        run(recorded.root, *small, name="again")
+    assert len(recorded.runs(**{"srlm.campaign": "again", "srlm.role": "campaign"})) == 2
+
+
+def test_the_tracking_server_is_the_setting_then_the_environment_then_beside_the_campaigns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = recipes.load("smoke")
+    assert tracking_uri(config, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:5000")
+    assert tracking_uri(config, tmp_path) == "http://team:5000"
+    own = recipes.load("smoke", overrides=['tracking.mlflow_uri="http://mine:5000"'])
+    assert tracking_uri(own, tmp_path) == "http://mine:5000"
+
+
+def test_the_thread_behind_keeps_order_forgives_single_failures_and_ends_in_time(told: list[str]) -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("gone")
+
+    behind = Background("watcher", "Nothing is lost.")
+    for number in range(3):
+        behind.put(done.append, number)
+        behind.put(fail)
+    behind.close(5)
+    assert done == [0, 1, 2]
+    assert told == ["watcher: OSError: gone. Nothing is lost."]
+    slow = Background("slow", "The rest is lost.")
+    slow.put(time.sleep, 3)
+    began = time.monotonic()
+    slow.close(0.1)
+    assert time.monotonic() - began < 2
+    assert told[1:] == ["slow did not finish within 0 s. The rest is lost."]
+
+
+def test_the_thread_behind_gives_up_on_a_server_that_stays_away(told: list[str]) -> None:
+    tried: list[int] = []
+
+    def fail(number: int) -> None:
+        tried.append(number)
+        raise OSError("gone")
+
+    behind = Background("watcher", "")
+    for number in range(10):
+        behind.put(fail, number)
+    behind.close(5)
+    assert tried == [0, 1, 2]
+    assert behind.gave_up
+    assert len(told) == 1
