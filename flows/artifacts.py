@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
 
@@ -33,17 +34,29 @@ class Artifacts:
     def __init__(self, campaign: Campaign, tracked_at: Callable[[], str | None]) -> None:
         self._campaign, self._tracked_at = campaign, tracked_at
         self._behind = Background("Prefect artifacts", "The campaign goes on without them.")
+        self._client: SyncPrefectClient | None = None
         self._bars: dict[str, Bar] = {}
 
     def __call__(self, what: str, details: dict[str, Any]) -> None:
         """Take one event of the loop."""
         told, context = getattr(self, f"_on_{what}", None), FlowRunContext.get()
         if told and context and context.flow_run:
-            told(Publisher(context.flow_run.id), **details)
+            told(Publisher(self._connection, context.flow_run.id), **details)
+
+    def _connection(self) -> SyncPrefectClient:
+        """Return one client for all artifacts; it is made, and used, in the thread behind the loop."""
+        if self._client is None:
+            self._client = get_client(sync_client=True).__enter__()
+        return self._client
 
     def close(self) -> None:
         """Wait for what is still on its way."""
+        self._behind.put(self._hang_up)
         self._behind.close(CLOSE_S)
+
+    def _hang_up(self) -> None:
+        if self._client is not None:
+            self._client.__exit__(None, None, None)
 
     def _on_shards(self, publish: "Publisher", stage: str, iteration: int, total: int) -> None:
         key = f"progress-{iteration}-{stage}".replace("_", "-")
@@ -85,19 +98,17 @@ class Artifacts:
 class Publisher:
     """Makes artifacts of one flow run."""
 
-    def __init__(self, flow_run: UUID) -> None:
-        self._flow_run = flow_run
+    def __init__(self, connection: Callable[[], SyncPrefectClient], flow_run: UUID) -> None:
+        self._connection, self._flow_run = connection, flow_run
 
     def __call__(self, kind: str, key: str, data: str | float, description: str) -> UUID:
         """Make one: markdown, table (JSON) or progress (percent)."""
         artifact = ArtifactCreate(type=kind, key=key, data=data, description=description, flow_run_id=self._flow_run)
-        with get_client(sync_client=True) as client:
-            return client.create_artifact(artifact).id
+        return self._connection().create_artifact(artifact).id
 
     def move(self, artifact: UUID, data: float) -> None:
         """Move a progress bar."""
-        with get_client(sync_client=True) as client:
-            client.update_artifact(artifact, ArtifactUpdate(data=data))
+        self._connection().update_artifact(artifact, ArtifactUpdate(data=data))
 
 
 class Bar:

@@ -42,8 +42,9 @@ def main() -> None:
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except Exception as error:
-        if hasattr(error, "show"):  # wrong usage: Click's own words
-            error.show()
+        show_usage = getattr(error, "show", None)
+        if callable(show_usage):  # wrong usage: Click's own words
+            show_usage()
             sys.exit(getattr(error, "exit_code", 2))
         raise
 
@@ -85,7 +86,7 @@ def run(
 def plan(
     recipe: str,
     size: Size = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006 - as in `run`
     model: ModelPath = None,
     prompts: PromptsFile = None,
     gpus: Annotated[int, typer.Option(help="Plan for this many GPUs instead of this machine's cores.")] = 0,
@@ -149,7 +150,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint folder or hub id.")],
     recipe: str = "self_rewarding",
     size: Size = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006 - as in `run`
     name: Annotated[str | None, typer.Option(help="Name of the evaluation.")] = None,
     root: Root = RUNS,
     as_json: AsJson = False,

@@ -131,9 +131,10 @@ class Console:
         if "judge" in results:
             accuracy = results["judge"]["pairwise_accuracy"]
             if accuracy["value"] is not None:
+                longer = results["judge"]["longer_accuracy"]
                 self.say(
-                    f"{model} as judge: {accuracy['value']:.3f} ± {accuracy['stderr']:.3f} of {accuracy['n']} human-ordered pairs right "
-                    f"(always the longer: {results['judge']['longer_accuracy']['value']:.3f})"
+                    f"{model} as judge: {accuracy['value']:.3f} ± {accuracy['stderr']:.3f} of {accuracy['n']} "
+                    f"human-ordered pairs right (always the longer: {longer['value']:.3f})"
                 )
 
     def farewell(self, rows: Sequence[dict[str, Any]], page: Path, root: Path) -> None:

@@ -33,13 +33,17 @@ class Shown(NamedTuple, Generic[T]):
 
     future: PrefectFuture[T]
     after: tuple[Pending[Any], ...]
+    made: list[T]
+    """What the work came to, once it is there."""
 
     def result(self) -> T:
         """Wait for it; raises what it raised, or what something it waited for raised."""
         # Prefect calls a task run whose upstream failed "not ready"; the reason is upstream
         for earlier in self.after:
             earlier.result()
-        return self.future.result()
+        self.future.wait()
+        # asking the future for a value goes through an event loop, and every shard is asked for several times
+        return self.made[-1] if self.made else self.future.result()
 
 
 class PrefectExecutor:
@@ -58,7 +62,13 @@ class PrefectExecutor:
         """Start a task run. The runner is first in, first out, so what a thread waits for holds a thread already."""
         earlier = tuple(after)
         waits_for = [shown.future for shown in earlier if isinstance(shown, Shown)]
-        return Shown(task_for(work.stage).submit(work.name, work.run, wait_for=waits_for), earlier)
+        made: list[T] = []
+
+        def make() -> T:
+            made.append(work.run())
+            return made[-1]
+
+        return Shown(task_for(work.stage).submit(work.name, make, wait_for=waits_for), earlier, made)
 
     def run(self, work: Work[T]) -> T:
         return task_for(work.stage)(work.name, work.run)

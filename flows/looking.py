@@ -69,18 +69,21 @@ def examine(root: Path) -> list[Finding]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(root))
     broken = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
     kind = resolve_kind(EngineConfig())
-    findings = [
-        Finding("python", sys.version_info >= (3, 11), True, sys.version.split()[0], "" if sys.version_info >= (3, 11) else "use 3.11 or newer"),
-        *(_package(name, needed) for name, needed in (("torch", True), ("transformers", True), ("trl", True), ("vllm", False), ("prefect", False), ("mlflow", False))),
-        Finding("torchvision", not broken or _cuda(), True, ", ".join(broken) or "absent, as it should be",
-                f"pip uninstall {' '.join(broken)}: beside a CPU torch they break vllm" if broken and not _cuda() else ""),
+    modern, clash = sys.version_info >= (3, 11), bool(broken) and not _cuda()
+    roomy, spacious = memory.available > 6e9, disk.free > 5e9
+    mend = f"pip uninstall {' '.join(broken)}: beside a CPU torch they break vllm" if clash else ""
+    memory_left = f"{memory.available / 2**30:.0f} GiB free of {memory.total / 2**30:.0f}"
+    disk_left = f"{disk.free / 2**30:.0f} GiB free"
+    packages = {"torch": True, "transformers": True, "trl": True, "vllm": False, "prefect": False, "mlflow": False}
+    return [
+        Finding("python", modern, True, sys.version.split()[0], "" if modern else "use 3.11 or newer"),
+        *(_package(name, needed) for name, needed in packages.items()),
+        Finding("torchvision", not clash, True, ", ".join(broken) or "absent, as it should be", mend),
         Finding("engine", True, True, f"{kind}, {resolve_dtype(EngineConfig(kind=kind))}: {why_kind()}"),
-        Finding("memory", memory.available > 6e9, True, f"{memory.available / 2**30:.0f} GiB free of {memory.total / 2**30:.0f}",
-                "" if memory.available > 6e9 else "the demo needs 6 GiB"),
-        Finding("disk", disk.free > 5e9, True, f"{disk.free / 2**30:.0f} GiB free", "" if disk.free > 5e9 else "the demo needs 5 GiB"),
+        Finding("memory", roomy, True, memory_left, "" if roomy else "the demo needs 6 GiB"),
+        Finding("disk", spacious, True, disk_left, "" if spacious else "the demo needs 5 GiB"),
         Finding("cores", (os.cpu_count() or 1) >= 2, False, str(os.cpu_count())),
-    ]  # fmt: skip
-    return findings
+    ]
 
 
 def _existing(path: Path) -> Path:

@@ -58,7 +58,8 @@ def run_recipe(
     with Campaign(root, name) as campaign, Console(campaign, as_json=as_json) as console:
         agree(campaign, config, redo=redo)
         console.say(
-            f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, {describe_engine(config.engine)}"
+            f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, "
+            f"{describe_engine(config.engine)}"
         )
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
@@ -103,8 +104,8 @@ def _difference(campaign: Campaign, changed: dict[str, tuple[Any, Any]]) -> str:
     spelled = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
     return (
         f"campaign {campaign.name!r} was begun with other settings:\n{spelled}\n"
-        f"They would make again: {settings.made_again(changed)}. Go on with --redo, start a campaign that shares what is unchanged "
-        "with --fork NAME, or begin a new one with --name NAME."
+        f"They would make again: {settings.made_again(changed)}. Go on with --redo, start a campaign that shares "
+        "what is unchanged with --fork NAME, or begin a new one with --name NAME."
     )
 
 

@@ -41,8 +41,9 @@ def resolve(config: RunConfig) -> RunConfig:
         engine = engine.model_copy(update={"dtype": resolve_dtype(engine)})
     if kind == "openai":
         raise ConfigError(
-            "engine.kind: expected an engine that runs a local policy (auto, vllm, transformers, scripted), got 'openai': an "
-            "endpoint cannot be trained. Name it as a judge instead, e.g. evaluation.judge='model@http://127.0.0.1:8000/v1'."
+            "engine.kind: expected an engine that runs a local policy (auto, vllm, transformers, scripted), "
+            "got 'openai': an endpoint cannot be trained. Name it as a judge instead, e.g. "
+            "evaluation.judge='model@http://127.0.0.1:8000/v1'."
         )
     return config.model_copy(update={"engine": engine})
 

@@ -32,19 +32,19 @@ class EngineConfig(Settings):
     """`auto`: vllm where it can run, else transformers (and the log says so)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto`: bfloat16 where the hardware multiplies it natively, else float32."""
-    context: int = Field(4096, ge=64)
+    context: int = Field(default=4096, ge=64)
     """Longest prompt plus response, tokens. Longer ones are dropped with a reason, never cut."""
-    max_sequences: int = Field(256, ge=1)
+    max_sequences: int = Field(default=256, ge=1)
     """Sequences decoded at once."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     """Engines of one model side by side on this machine, one per GPU (or tensor-parallel group)."""
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
     """GPUs that hold one replica."""
-    gpu_memory: float = Field(0.9, gt=0, le=1)
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory that an engine may take."""
-    kv_cache_gib: float | None = Field(None, gt=0)
+    kv_cache_gib: float | None = Field(default=None, gt=0)
     """KV cache on CPU, GiB; null = a quarter of the free memory, at most 8."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of one replica; null = all cores divided by the replicas."""
     compiled: bool = False
     """Compile the model at start (vllm): slower to start, faster to run. For long jobs."""
@@ -52,22 +52,22 @@ class EngineConfig(Settings):
     """OpenAI-compatible endpoint (kind `openai`), such as http://127.0.0.1:8000/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key; the key itself is never a setting."""
-    max_in_flight: int = Field(64, ge=1)
+    max_in_flight: int = Field(default=64, ge=1)
     """Requests to an endpoint at once."""
-    shard_rows: int = Field(64, ge=1)
+    shard_rows: int = Field(default=64, ge=1)
     """Prompts of one shard: the unit of resume. What a crash costs at most, times the shards in flight."""
-    shards_in_flight: int = Field(8, ge=1)
+    shards_in_flight: int = Field(default=8, ge=1)
     """Shards worked on at once; enough of them keep the batch full."""
 
 
 class SamplingConfig(Settings):
     """How text is drawn."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """0 = greedy. Paper: 0.7 for responses and judgments (section 3.1.3)."""
-    top_p: float = Field(0.9, gt=0, le=1)
+    top_p: float = Field(default=0.9, gt=0, le=1)
     """Nucleus: smallest set of tokens whose probability reaches this (section 3.1.3)."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
     """Longest completion, tokens."""
 
 
@@ -82,50 +82,51 @@ class SeedDataConfig(Settings):
     """Ranked groups that only measure the judge, or `seed`."""
     evaluation: str = "seed"
     """Prompts that only measure the policy (JSON lines: prompt), or `seed`."""
-    ift_rows: int | None = Field(None, ge=1)
+    ift_rows: int | None = Field(default=None, ge=1)
     """Use this many IFT rows, spread over the kinds; null = all."""
-    eft_groups: int | None = Field(None, ge=1)
+    eft_groups: int | None = Field(default=None, ge=1)
     """Use this many EFT groups, spread over the kinds; null = all."""
     eft_form: Literal["justified", "score"] = "justified"
-    """What EFT teaches: justification then score line (the paper), or the score line alone (for the reading `expected` without justification)."""
+    """What EFT teaches: justification then score line (the paper), or the score line alone (for the reading
+    `expected` without justification)."""
 
 
 class PromptsConfig(Settings):
     """New prompts (section 2.2, step 1; 8-shot Self-Instruct, arXiv:2212.10560)."""
 
-    target: int = Field(1000, ge=0)
+    target: int = Field(default=1000, ge=0)
     """Self-written prompts kept per iteration. Ours: the paper does not say."""
-    seed_demonstrations: int = Field(6, ge=1)
+    seed_demonstrations: int = Field(default=6, ge=1)
     """Demonstrations from the seed instructions (section 3.1.3)."""
-    generated_demonstrations: int = Field(2, ge=0)
+    generated_demonstrations: int = Field(default=2, ge=0)
     """Demonstrations from prompts generated earlier (section 3.1.3)."""
     form: Literal["completion", "chat"] = "completion"
     """Ask as raw text to continue, or as a user's turn. Small models need `completion`."""
     generator: Literal["policy", "base"] | str = "policy"
     """Who writes: the policy, the base model, or the path of a fixed model (the paper: a fixed chat model)."""
-    per_request: int = Field(1, ge=1)
+    per_request: int = Field(default=1, ge=1)
     """New prompts read from one completion."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.9, max_tokens=160)
     """Section 3.1.3: T = 0.6, p = 0.9. max_tokens is per new prompt."""
-    max_similarity: float = Field(0.7, gt=0, le=1)
+    max_similarity: float = Field(default=0.7, gt=0, le=1)
     """Drop a prompt whose ROUGE-L F against any seed or kept prompt is above this (Self-Instruct)."""
-    min_words: int = Field(4, ge=1)
+    min_words: int = Field(default=4, ge=1)
     """Fewest words: Self-Instruct keeps more than 3."""
-    max_words: int = Field(150, ge=1)
+    max_words: int = Field(default=150, ge=1)
     """Most words (Self-Instruct)."""
-    max_attempts: float = Field(5.0, ge=1)
+    max_attempts: float = Field(default=5.0, ge=1)
     """Stop asking after target times this many requested prompts, even if fewer were kept."""
     file: str | None = None
     """Prompts of your own (JSON lines with `prompt`, or one per line in .txt), mixed in."""
-    file_share: float = Field(0.0, ge=0, le=1)
+    file_share: float = Field(default=0.0, ge=0, le=1)
     """Share of an iteration's prompts that comes from `file`; each prompt is used in one iteration only."""
 
     @model_validator(mode="after")
     def _file_and_share_come_together(self) -> "PromptsConfig":
         if (self.file is None) != (self.file_share == 0):
             raise ValueError(
-                f"prompts.file and prompts.file_share go together, got file={self.file!r}, file_share={self.file_share}. "
-                "Set both, or neither."
+                f"prompts.file and prompts.file_share go together, got file={self.file!r}, "
+                f"file_share={self.file_share}. Set both, or neither."
             )
         if self.min_words > self.max_words:
             raise ValueError(f"prompts.min_words ({self.min_words}) is above prompts.max_words ({self.max_words}).")
@@ -135,7 +136,7 @@ class PromptsConfig(Settings):
 class ResponsesConfig(Settings):
     """N responses to each prompt (section 2.2, step 2)."""
 
-    n: int = Field(4, ge=2)
+    n: int = Field(default=4, ge=2)
     """Responses per prompt (section 3.1.3: 4)."""
     sampling: SamplingConfig = SamplingConfig()
 
@@ -143,7 +144,7 @@ class ResponsesConfig(Settings):
 class JudgmentsConfig(Settings):
     """K judgments of each response (section 2.2, step 2; rubric: figure 2)."""
 
-    k: int = Field(3, ge=1)
+    k: int = Field(default=3, ge=1)
     """Judgments per response, averaged (section 3.1.3: 3). A higher K later adds the missing passes only."""
     reading: Literal["text", "guided", "expected"] = "text"
     """`text`: read the score from the judgment (the paper). `guided`: justification written freely, score line
@@ -156,7 +157,7 @@ class JudgmentsConfig(Settings):
     """Who judges: `policy` (the paper), `base`, or the path of a frozen model."""
     sampling: SamplingConfig = SamplingConfig(max_tokens=512)
     """Budget of one judgment. Shorter ones cut the text before the score."""
-    min_valid: int | None = Field(None, ge=1)
+    min_valid: int | None = Field(default=None, ge=1)
     """Readable judgments a response needs to have a score; null = half of k, rounded up."""
 
     @model_validator(mode="after")
@@ -165,11 +166,13 @@ class JudgmentsConfig(Settings):
             raise ValueError(f"judgments.justified=false works only with reading='expected', got {self.reading!r}.")
         if not self.justified and self.k != 1:
             raise ValueError(
-                f"judgments.k={self.k} with justified=false: without a justification all passes are equal. Set judgments.k=1."
+                f"judgments.k={self.k} with justified=false: without a justification all passes are equal. "
+                "Set judgments.k=1."
             )
         if self.min_valid is not None and self.min_valid > self.k:
             raise ValueError(
-                f"judgments.min_valid={self.min_valid} is more than judgments.k={self.k}: no response would have a score."
+                f"judgments.min_valid={self.min_valid} is more than judgments.k={self.k}: "
+                "no response would have a score."
             )
         return self
 
@@ -184,10 +187,11 @@ class PairsConfig(Settings):
 
     truncated_rejected: bool = False
     """Let a response that was cut at max_tokens be rejected. It is never chosen."""
-    min_margin: float = Field(0.0, ge=0)
+    min_margin: float = Field(default=0.0, ge=0)
     """Smallest score difference of a pair, rubric points. 0 = any difference (the paper)."""
-    max_repetition: float = Field(0.5, ge=0, le=1)
-    """A response whose word 4-grams repeat more than this share is never chosen (arXiv:2404.03715 section 5.1); 1 = off."""
+    max_repetition: float = Field(default=0.5, ge=0, le=1)
+    """A response whose word 4-grams repeat more than this share is never chosen (arXiv:2404.03715 section 5.1);
+    1 = off."""
 
 
 class OptimizerConfig(Settings):
@@ -196,27 +200,27 @@ class OptimizerConfig(Settings):
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(ge=0)
     """Where the cosine ends."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Rows per optimizer step (section 3.1.3: 16), over all devices."""
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(default=4, ge=1)
     """Rows per forward pass of one device; changes memory, not the result."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the rows. Ours: the paper does not say."""
-    warmup: float = Field(0.0, ge=0, lt=1)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps over which the rate rises."""
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int = Field(2048, ge=16)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=2048, ge=16)
     """Longest row, tokens. Longer rows are left out and counted before training, never cut."""
-    lora_rank: int = Field(0, ge=0)
+    lora_rank: int = Field(default=0, ge=0)
     """0 = full weights; else LoRA of this rank, merged before the model becomes the next reference."""
-    heldout_share: float = Field(0.0, ge=0, lt=1)
+    heldout_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of prompts kept out of training to choose among checkpoints; 0 = no early stopping."""
-    patience: int = Field(2, ge=1)
+    patience: int = Field(default=2, ge=1)
     """Checkpoints without a better held-out check before training stops (needs heldout_share)."""
-    checkpoint_every_s: int = Field(180, ge=1)
+    checkpoint_every_s: int = Field(default=180, ge=1)
     """Seconds between checkpoints: what a crash costs at most."""
-    checkpoint_steps: int = Field(200, ge=1)
+    checkpoint_steps: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints (section 3.1.3: 200), if that comes sooner."""
     gradient_checkpointing: bool = False
     """Recompute activations: slower, less memory."""
@@ -229,16 +233,16 @@ class OptimizerConfig(Settings):
 class SftConfig(OptimizerConfig):
     """Supervised fine-tuning of M0 on IFT (+ EFT) (section 3.1.3)."""
 
-    learning_rate: float = Field(5.5e-6, gt=0)
-    final_learning_rate: float = Field(1.1e-6, ge=0)
+    learning_rate: float = Field(default=5.5e-6, gt=0)
+    final_learning_rate: float = Field(default=1.1e-6, ge=0)
 
 
 class DpoConfig(OptimizerConfig):
     """Direct preference optimisation (section 3.1.3; arXiv:2305.18290)."""
 
-    learning_rate: float = Field(1e-6, gt=0)
-    final_learning_rate: float = Field(1e-7, ge=0)
-    beta: float = Field(0.1, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
+    final_learning_rate: float = Field(default=1e-7, ge=0)
+    beta: float = Field(default=0.1, gt=0)
     """Pull towards the reference (section 3.1.3: 0.1)."""
     init_from: Literal["previous", "sft", "base"] = "previous"
     """Weights that training starts from: M_t (the paper), M1, or M0."""
@@ -260,11 +264,11 @@ class EvaluationConfig(Settings):
 
     models: Literal["all", "policy", "none"] = "all"
     """`all`: M0, sft_baseline and every M_t. `policy`: only M_t."""
-    prompts: int | None = Field(None, ge=1)
+    prompts: int | None = Field(default=None, ge=1)
     """Evaluation prompts used; null = all of the file."""
-    heldout_groups: int | None = Field(None, ge=1)
+    heldout_groups: int | None = Field(default=None, ge=1)
     """Held-out ranked groups used; null = all."""
-    text_judgments: int = Field(100, ge=0)
+    text_judgments: int = Field(default=100, ge=0)
     """Held-out responses judged in the `text` form, whatever the loop reads, to report its readable rate."""
     attacks: bool = True
     """Judge the responses that quote scores or give the judge orders, and report the mean shift."""
@@ -273,7 +277,7 @@ class EvaluationConfig(Settings):
     """Frozen judge of head-to-heads: `base` (M0), a model path, or an endpoint as `model@http://host/v1`."""
     head_to_head: Annotated[tuple[str, ...], Field()] = ("chain", "sft_baseline")
     """Comparisons: `chain` (each M_t against the one before), or a model that every M_t meets."""
-    bootstrap_samples: int = Field(1000, ge=10)
+    bootstrap_samples: int = Field(default=1000, ge=10)
     """Resamples of prompts behind each standard error of a correlation."""
 
 
@@ -283,7 +287,7 @@ class TrackingConfig(Settings):
     mlflow_uri: str | None = None
     """Tracking server; null = SQLite beside the campaigns."""
     experiment: str = "srlm"
-    upload_below_mb: float = Field(1024.0, ge=0)
+    upload_below_mb: float = Field(default=1024.0, ge=0)
     """Checkpoints smaller than this go into MLflow; larger ones are referenced by path and digest."""
 
 
@@ -295,7 +299,7 @@ class RunConfig(Settings):
     method: Literal["self_rewarding"] = "self_rewarding"
     seed: int = 0
     """Every random choice derives from it."""
-    iterations: int = Field(2, ge=0)
+    iterations: int = Field(default=2, ge=0)
     """DPO iterations: 2 ends at M3 (section 3.2)."""
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()

@@ -70,18 +70,18 @@ def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
     """
     pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank]
     better_first = [(a, b) if a.rank < b.rank else (b, a) for a, b in pairs]
-    read = [(a, b) for a, b in better_first if a.score is not None and b.score is not None]
+    read = [(a, b, a.score - b.score) for a, b in better_first if a.score is not None and b.score is not None]
     scored = [response for response in group if response.score is not None]
     full = [response for response in scored if response.score == 5]
     best = min(response.rank for response in group)
     complete = len(scored) == len(group) and bool(read)
-    exact = all(a.score > b.score for a, b in read) if complete else None  # type: ignore[operator]
+    exact = all(margin > 0 for _, _, margin in read) if complete else None
     spearman, kendall = _correlations(scored)
     return GroupMeasure(
         n_pairs=len(read),
-        correct=sum(a.score > b.score for a, b in read),  # type: ignore[operator]
-        ties=sum(a.score == b.score for a, b in read),
-        longer_correct=sum(0.5 if a.length == b.length else float(a.length > b.length) for a, b in read),
+        correct=sum(margin > 0 for _, _, margin in read),
+        ties=sum(margin == 0 for _, _, margin in read),
+        longer_correct=sum(0.5 if a.length == b.length else float(a.length > b.length) for a, b, _ in read),
         exact=exact,
         spearman=spearman,
         kendall=kendall,
@@ -95,7 +95,12 @@ def _correlations(scored: Sequence[Ranked]) -> tuple[float | None, float | None]
     goodness, scores = [-r.rank for r in scored], [r.score for r in scored]
     if len(set(goodness)) < 2 or len(set(scores)) < 2:
         return None, None
-    return float(spearmanr(goodness, scores).statistic), float(kendalltau(goodness, scores).statistic)
+    return _statistic(spearmanr(goodness, scores)), _statistic(kendalltau(goodness, scores))
+
+
+def _statistic(result: Any) -> float:
+    # Any: scipy makes the class of its results while it is imported, so a type checker knows no field of it
+    return float(result.statistic)
 
 
 def measure_judge(groups: Sequence[Sequence[Ranked]], *, samples: int, seed: int) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def _length_pull(means: Mapping[str, float], lengths: Mapping[str, int]) -> floa
     both = [(means[target], lengths[target]) for target in means if target in lengths]
     if len({score for score, _ in both}) < 2 or len({length for _, length in both}) < 2:
         return None
-    return float(spearmanr([score for score, _ in both], [length for _, length in both]).statistic)
+    return _statistic(spearmanr([score for score, _ in both], [length for _, length in both]))
 
 
 def lengths_of(responses: pa.Table) -> dict[str, Any]:
@@ -273,7 +278,7 @@ def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
 
 
 def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tuple[pa.Table, pa.Table]:
-    """Judge each match in both orders; rows JUDGMENTS (form pairwise) whose verdict is p(first is better), and DROPS."""
+    """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS."""
     rubric = judgments.load_rubric("pairwise", justified=None)
     shown = {f"{order}/{match.prompt_id}": (match, order) for match in played for order in ("ab", "ba")}
     requests = [

@@ -9,6 +9,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ POINTS = ("0", "1", "2", "3", "4", "5")
 _TAGS = re.compile(r"<\s*(/?)\s*(request|response)\s*>", re.IGNORECASE)
 # a marker followed by a number, however odd the number is …
 _MARKED = re.compile(r"\bscore\W{0,3}[:=][\s*_<\[(]*(?=[+-]?\d)", re.IGNORECASE)
-# … and the numbers that are read: matched whole, never the first digit; no range, no decimal comma; group 2 = denominator
+# … and the numbers that are read: matched whole, never the first digit; no range, no decimal comma;
+# group 2 = denominator
 _NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?)(?!\d|[.,]\d)(?!\s*[-–]\s*\d)(?:\s*/\s*(\d+))?")
 
 
@@ -132,7 +134,7 @@ def conversation(messages: Sequence[Mapping[str, str]]) -> str:
 class _Pass(NamedTuple):
     """One judgment before it becomes a row."""
 
-    index: int
+    number: int
     text: str
     verdict: Verdict
     finish_reason: str
@@ -168,7 +170,7 @@ def judge(
     read = {"text": _read_text, "guided": _read_guided, "expected": _read_expected}[config.reading]
     passes: dict[str, list[_Pass]] = defaultdict(list)
     for target_id, made in read(list(asked.values()), engine, config):
-        passes[target_id].append(made._replace(index=made.index + first))
+        passes[target_id].append(made._replace(number=made.number + first))
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for task in work:
@@ -182,13 +184,13 @@ def judge(
 
 def _row(task: Task, made: _Pass, reading: str, rubric: str, judge_name: str, iteration: int) -> dict[str, object]:
     return {
-        "judgment_id": digest(task.target_id, iteration, judge_name, made.index, reading, rubric, made.text),
+        "judgment_id": digest(task.target_id, iteration, judge_name, made.number, reading, rubric, made.text),
         "target_id": task.target_id,
         "other_id": None,
         "first": None,
         "prompt_id": task.prompt_id,
         "iteration": iteration,
-        "index": made.index,
+        "index": made.number,
         "form": "pointwise",
         "reading": reading,
         "judge": judge_name,
@@ -261,10 +263,7 @@ def _justify(requests: Sequence[Request], engine: Engine, config: JudgmentsConfi
             yield from (Completion(request.id, index, "", 0, "stop") for index in range(request.n))
         return
     stop = ("Score:", "score:", "SCORE:")
-    writing = [
-        Request(r.id, r.messages, r.prefix, Sampling(r.sampling.temperature, r.sampling.top_p, r.sampling.max_tokens, stop), r.n, r.seed)
-        for r in requests
-    ]  # fmt: skip
+    writing = [replace(request, sampling=replace(request.sampling, stop=stop)) for request in requests]
     for draft in engine.generate(writing):
         if draft.finish_reason != "too_long":
             text = draft.text.strip().rstrip("*").rstrip()

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -49,7 +49,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
-        self.usage: dict[str, dict[str, float]] = store.read_json(self.campaign.folder / "usage.json") or {}
+        self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
 
     def tell(self, what: str, **details: Any) -> None:
         """Tell the observers."""
@@ -285,7 +285,7 @@ def _make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDe
     return made
 
 
-_NO_ENGINE: Engine = None  # type: ignore[assignment]
+_NO_ENGINE = cast("Engine", None)  # pure table work never looks at it, and a step with a role gets a real one
 
 
 def _slices(run: Run, t: int) -> list[tuple[int, tuple[str, ...]]]:
@@ -297,8 +297,7 @@ def _slices(run: Run, t: int) -> list[tuple[int, tuple[str, ...]]]:
         run.tell("note", text=f"iteration {t}: {n_own} prompts wanted from {config.file}, {len(own)} are left in it")
     size = run.config.engine.shard_rows
     starts = range(0, config.target, size)
-    cut = [(min(size, config.target - start), tuple(own[start : start + size])) for start in starts]
-    return cut
+    return [(min(size, config.target - start), tuple(own[start : start + size])) for start in starts]
 
 
 def _kept_before(run: Run, t: int) -> prompts.Kept:
@@ -334,7 +333,8 @@ def _make_part(
     made_from = digest(
         {
             "step": step.makes, "version": step.version, "settings": settings.pick(run.config, step.settings),
-            "texts": step.texts(run.config), "seed": run.config.seed, "iteration": shard.iteration, "shard": shard.number,
+            "texts": step.texts(run.config), "seed": run.config.seed,
+            "iteration": shard.iteration, "shard": shard.number,
             "engine": settings.pick(run.config, settings.ENGINE) if model else None,
             "model": [model.name, model.digest] if model else None,
             "slice": [shard.wanted, *shard.own_prompts] if step.in_order else None,
@@ -373,7 +373,8 @@ def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
     rows = ", ".join(f"{name} {count}" for name, count in counts.items())
     why = ", ".join(f"{reason} ({count})" for reason, count in seen.most_common(6)) or "nothing was dropped"
     raise NothingLeft(
-        f"iteration {t}: expected pairs to train M{t + 1} on, got none ({rows}). What was seen: {why}. {_remedy(counts, seen)} "
+        f"iteration {t}: expected pairs to train M{t + 1} on, got none ({rows}). What was seen: {why}. "
+        f"{_remedy(counts, seen)} "
         f"Everything is kept in {run.campaign.iteration(t)}; run again with the change and --redo."
     )
 
@@ -383,7 +384,10 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
         return "No prompt survived: raise prompts.max_attempts, set prompts.form=completion, or give prompts.file."
     unreadable = sum(count for reason, count in seen.items() if reason.startswith("unreadable"))
     if counts["judgments"] and unreadable == counts["judgments"]:
-        return "No judgment could be read: set judgments.reading=guided or expected, or raise judgments.sampling.max_tokens."
+        return (
+            "No judgment could be read: set judgments.reading=guided or expected, "
+            "or raise judgments.sampling.max_tokens."
+        )
     if not counts["judgments"]:
         return "No response could be judged: raise engine.context or responses.sampling.max_tokens."
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
@@ -417,7 +421,7 @@ def _train(run: Run, name: str, *job: Any) -> Model:
 def _find_or_train(
     run: Run,
     name: str,
-    kind: str,
+    kind: Literal["sft", "dpo"],
     rows: pa.Table,
     config: SftConfig | DpoConfig,
     init: Model,
@@ -444,7 +448,8 @@ def _find_or_train(
         output / MARKER,
         {
             "fingerprint": made_from, "digest": trained.digest, "kind": kind, "rows": result.n_rows,
-            "init_from": [init.name, init.digest], "reference": [reference.name, reference.digest] if reference else None,
+            "init_from": [init.name, init.digest],
+            "reference": [reference.name, reference.digest] if reference else None,
             "steps": result.steps, "seconds": round(result.seconds, 1),
         },
     )  # fmt: skip
@@ -454,9 +459,16 @@ def _find_or_train(
 
 
 def _train_again(
-    run: Run, name: str, kind: str, rows: pa.Table, config: SftConfig | DpoConfig, init: Model, reference: Model | None,
-    folder: Path, made_from: str,
-) -> TrainingResult:  # fmt: skip
+    run: Run,
+    name: str,
+    kind: Literal["sft", "dpo"],
+    rows: pa.Table,
+    config: SftConfig | DpoConfig,
+    init: Model,
+    reference: Model | None,
+    folder: Path,
+    made_from: str,
+) -> TrainingResult:
     work_dir = _work_dir(folder, name)
     stamp = store.stamp_of(work_dir / "rows.parquet")
     if stamp is None or stamp.fingerprint != made_from:
@@ -467,7 +479,7 @@ def _train_again(
     if held.num_rows:
         store.write_part(work_dir / "heldout.parquet", held, made_from)
     job = TrainingJob(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         rows=work_dir / "rows.parquet",
         heldout=work_dir / "heldout.parquet" if held.num_rows else None,
         init_from=init.path,
@@ -546,11 +558,12 @@ def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]
     def judged(work: Sequence[judgments.Task], how: Any) -> Callable[[Engine], tuple[pa.Table, pa.Table]]:
         return lambda engine: judgments.judge(work, engine, how, iteration=0, judge_name=model.name, seed=config.seed)
 
+    sampling = settings.pick(config, ("evaluation.sampling",))
     pieces: dict[str, tuple[Callable[[Engine], tuple[pa.Table, pa.Table]], Any]] = {
-        "responses": (answer, ["responses", responses.VERSION, store.rows_digest(asked), settings.pick(config, ("evaluation.sampling",))]),
+        "responses": (answer, ["responses", responses.VERSION, store.rows_digest(asked), sampling]),
         "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
         "text": (judged(few, as_text), [_judging(config, few), "text"]),
-    }  # fmt: skip
+    }
     if seed.attacks:
         attacks = evaluation.attack_tasks(seed.attacks)
         pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))

@@ -32,7 +32,7 @@ class Hardware(NamedTuple):
 
 
 def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
-    """State rates: 35 GFLOP/s a core (measured with float32 on AVX2), 60 and 150 TFLOP/s a GPU (an H100-class guess)."""
+    """State rates: 35 GFLOP/s a core (measured, float32 on AVX2), 60 and 150 TFLOP/s a GPU (an H100-class guess)."""
     if gpus:
         return Hardware(f"{gpus} GPU", 60e12, 150e12, gpus)
     return Hardware(f"{cores} CPU cores", 35e9 * cores, 50e9 * cores, 1)
@@ -41,7 +41,10 @@ def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
 def plan(
     config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, seed_rows: dict[str, int]
 ) -> list[Line]:
-    """Return requests, tokens, memory, disk and hours. `seed_rows`: ift, eft (responses), evaluation, heldout (responses)."""
+    """Return requests, tokens, memory, disk and hours.
+
+    `seed_rows` counts ift, eft (responses), evaluation and heldout (responses).
+    """
     its, n, k, target = config.iterations, config.responses.n, config.judgments.k, config.prompts.target
     asked = round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
     answer = config.responses.sampling.max_tokens * ASSUMED_FILL
@@ -86,14 +89,18 @@ def _costs(
     saved = config.iterations + 2
     gib = 1024**3
     state = parameters * (4 + 4 + 8) if not config.training.dpo.lora_rank else parameters * 4.5
+    sampled = f"{inference:,.0f} tokens at {speed:,.0f}/s ({hardware.name})"
+    trained = f"6 FLOP a parameter and token for SFT, 8 for DPO, {hardware.name}"
+    loaded = f"{weights_bytes / gib:.2f} GiB weights + 2 KV cache"
+    stored = f"{saved} models in {config.training.dpo.save_dtype} + two checkpoints while training"
+    moments = "float32 weights, gradients, two Adam moments; activations come on top"
     return [
-        Line("hours of sampling", inference / speed / 3600, "h", f"{inference:,.0f} tokens at {speed:,.0f}/s ({hardware.name})"),
-        Line("hours of training", training / 3600, "h", f"6 FLOP a parameter and token for SFT, 8 for DPO, {hardware.name}"),
-        Line("memory to sample", (weights_bytes + 2 * gib) / gib, "GiB", f"{weights_bytes / gib:.2f} GiB weights + 2 KV cache"),
-        Line("memory to train", state / gib, "GiB", "float32 weights, gradients, two Adam moments; activations come on top"),
-        Line("disk", (saved * parameters * kept + 2 * parameters * 12) / gib, "GiB",
-             f"{saved} models in {config.training.dpo.save_dtype} + two checkpoints while training"),
-    ]  # fmt: skip
+        Line("hours of sampling", inference / speed / 3600, "h", sampled),
+        Line("hours of training", training / 3600, "h", trained),
+        Line("memory to sample", (weights_bytes + 2 * gib) / gib, "GiB", loaded),
+        Line("memory to train", state / gib, "GiB", moments),
+        Line("disk", (saved * parameters * kept + 2 * parameters * 12) / gib, "GiB", stored),
+    ]
 
 
 def as_dict(lines: list[Line]) -> list[dict[str, Any]]:

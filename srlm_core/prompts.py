@@ -16,7 +16,7 @@ from rapidfuzz.distance import LCSseq
 
 from srlm_core import schemas
 from srlm_core.config import PromptsConfig
-from srlm_core.engines.protocol import Completion, Engine, Request, Sampling
+from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
@@ -124,8 +124,8 @@ def render(demos: Sequence[str], config: PromptsConfig, *, request_id: str, seed
         + (f" to {first + config.per_request - 1}" if config.per_request > 1 else "")
         + ". Write only the new tasks, numbered."
     )
-    message = {"role": "user", "content": asked}
-    return Request(request_id, messages=(message,), prefix=f"{first}.", sampling=sampling, seed=seed)  # type: ignore[arg-type]
+    message: Message = {"role": "user", "content": asked}
+    return Request(request_id, messages=(message,), prefix=f"{first}.", sampling=sampling, seed=seed)
 
 
 def read_tasks(completion: Completion, config: PromptsConfig) -> list[str]:

@@ -24,15 +24,24 @@ NEUTRAL = (
 
 STAGES: dict[str, tuple[str, ...]] = {
     "base model": ("model.path", "method", "seed", *ENGINE),
-    "bootstrap": ("seed_data.ift", "seed_data.eft", "seed_data.ift_rows", "seed_data.eft_groups", "seed_data.eft_form", "training.sft"),
+    "bootstrap": (
+        "seed_data.ift", "seed_data.eft", "seed_data.ift_rows", "seed_data.eft_groups", "seed_data.eft_form",
+        "training.sft",
+    ),
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
     "responses": ("responses",),
-    "judgments": ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.judge", "judgments.sampling", "judgments.k"),
+    "judgments": (
+        "judgments.reading", "judgments.justified", "judgments.rubric", "judgments.judge", "judgments.sampling",
+        "judgments.k",
+    ),
     "pairs": ("pairs", "judgments.min_valid"),
     "training": ("training.dpo",),
     "evaluation": ("evaluation",),
 }  # fmt: skip
-"""Every other setting, under the first stage that it changes; the stages after it follow (evaluation changes nothing else)."""
+"""Every other setting, under the first stage that it changes; the stages after it follow.
+
+Evaluation changes nothing else.
+"""
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -183,10 +183,12 @@ def materialize(
     judgment passes, else null. The drops are written first, so that the part's existence means both are there.
     """
     stamp, dropped = stamp_of(path), stamp_of(drops)
-    good = stamp is not None and dropped is not None and stamp.fingerprint == fingerprint == dropped.fingerprint
-    if good and stamp.extra["passes"] >= passes:
-        return Made(path, stamp, True)
-    rows, left_out = make(read_part(path) if good else None)
+    present: pa.Table | None = None
+    if stamp is not None and dropped is not None and stamp.fingerprint == fingerprint == dropped.fingerprint:
+        if stamp.extra["passes"] >= passes:
+            return Made(path, stamp, True)
+        present = read_part(path)
+    rows, left_out = make(present)
     write_part(drops, left_out, fingerprint)
     return Made(path, write_part(path, rows, fingerprint, {"passes": passes}), False)
 
@@ -226,7 +228,7 @@ class Campaign:
         return self.folder / f"iter_{t:02d}"
 
     def model(self, name: str) -> Path:
-        """Folder of a trained model: sft_baseline, M1, M2, …"""
+        """Folder of a trained model: sft_baseline, M1, M2 and so on."""
         return self.folder / "models" / name
 
     @property

@@ -81,6 +81,6 @@ def preferences(pairs: pa.Table) -> pa.Table:
 
 
 def hold_out(rows: pa.Table, share: float, key: Sequence[str]) -> tuple[pa.Table, pa.Table]:
-    """Split rows into (training, held out) by the hash of a key such as the prompt, so that no prompt is on both sides."""
+    """Split rows into (training, held out) by the hash of a key, such as the prompt: no prompt is on both sides."""
     held = [int(digest("held out", value), 16) / 16**16 < share for value in key]
     return rows.filter(pa.array([not h for h in held])), rows.filter(pa.array(held))

@@ -17,7 +17,8 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 TINY = (
     "prompts.target=12", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4",
-    "evaluation.prompts=8", "evaluation.heldout_groups=6", "evaluation.text_judgments=8", "evaluation.bootstrap_samples=20",
+    "evaluation.prompts=8", "evaluation.heldout_groups=6", "evaluation.text_judgments=8",
+    "evaluation.bootstrap_samples=20",
 )  # fmt: skip
 
 

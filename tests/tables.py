@@ -27,8 +27,9 @@ def responses(rows: Sequence[tuple[str, str, str]]) -> Any:
         seen[prompt_id] = seen.get(prompt_id, -1) + 1
         made.append(
             {
-                "response_id": f"r{number}", "prompt_id": prompt_id, "iteration": 1, "index": seen[prompt_id], "response": text,
-                "n_tokens": len(text.split()), "finish_reason": finish_reason, "source": "policy", "model": "M1", "seed": 0,
+                "response_id": f"r{number}", "prompt_id": prompt_id, "iteration": 1, "index": seen[prompt_id],
+                "response": text, "n_tokens": len(text.split()), "finish_reason": finish_reason,
+                "source": "policy", "model": "M1", "seed": 0,
             }
         )  # fmt: skip
     return schemas.table(made, schemas.RESPONSES)
@@ -39,9 +40,11 @@ def judgments(rows: Sequence[tuple[str, int, float | None]]) -> Any:
     return schemas.table(
         (
             {
-                "judgment_id": f"j{number}", "target_id": target, "other_id": None, "first": None, "prompt_id": "p0", "iteration": 1,
-                "index": index, "form": "pointwise", "reading": "text", "judge": "M1", "rubric": "additive", "text": "",
-                "verdict": verdict, "unreadable_reason": None if verdict is not None else "no_score_line", "finish_reason": "stop", "seed": 0,
+                "judgment_id": f"j{number}", "target_id": target, "other_id": None, "first": None, "prompt_id": "p0",
+                "iteration": 1, "index": index, "form": "pointwise", "reading": "text", "judge": "M1",
+                "rubric": "additive", "text": "", "verdict": verdict,
+                "unreadable_reason": None if verdict is not None else "no_score_line",
+                "finish_reason": "stop", "seed": 0,
             }
             for number, (target, index, verdict) in enumerate(rows)
         ),

@@ -3,9 +3,9 @@ import math
 from pathlib import Path
 
 import pytest
-from tables import judgments as rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import judgments as rows
 
 from srlm_core import judgments
 from srlm_core.config import EngineConfig, JudgmentsConfig, SamplingConfig
@@ -105,7 +105,9 @@ def test_added_passes_are_those_that_a_higher_k_would_have_made_at_first(engine,
         config = JudgmentsConfig(reading=reading, k=k)
         return judgments.judge(WORK, engine, config, iteration=1, judge_name="M1", seed=1, first=first)[0].to_pylist()
 
-    by_pass = lambda row: (row["target_id"], row["index"])  # noqa: E731
+    def by_pass(row):
+        return row["target_id"], row["index"]
+
     assert sorted(judged(3) + judged(5, first=3), key=by_pass) == sorted(judged(5), key=by_pass)
 
 

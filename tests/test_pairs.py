@@ -1,7 +1,7 @@
-from tables import prompts, responses
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import prompts, responses
 
 from srlm_core import pairs
 from srlm_core.config import PairsConfig

@@ -14,7 +14,8 @@ EVALUATION = data.load(data.SEED / "evaluation.jsonl", data.check_prompt).rows
 ATTACKS = data.load(data.SEED / "attacks.jsonl", data.check_prompt).rows
 
 KINDS = {
-    "writing", "explanation", "reasoning", "arithmetic", "code", "extraction", "planning", "rewriting", "role play", "short facts", "refusals",
+    "writing", "explanation", "reasoning", "arithmetic", "code", "extraction", "planning", "rewriting", "role play",
+    "short facts", "refusals",
 }  # fmt: skip
 
 

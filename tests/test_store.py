@@ -82,7 +82,7 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_there(tmp_path):
         aside.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(StoreError, match="free\n? ?some space"):
+    with pytest.raises(StoreError, match=r"free\n? ?some space"):
         store.write_atomically(path, fill)
     assert store.read_json(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]

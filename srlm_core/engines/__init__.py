@@ -51,7 +51,10 @@ def resolve_kind(config: EngineConfig) -> Kind:
         log.info("engine: %s, because %s", kind, why_kind(config))
         return kind
     if config.kind == "vllm" and (obstacle := hardware.why_not_vllm()):
-        raise ConfigError(f"engine.kind: expected an engine that can run here, got 'vllm', but {obstacle}. Set engine.kind=transformers.")
+        raise ConfigError(
+            f"engine.kind: expected an engine that can run here, got 'vllm', but {obstacle}. "
+            "Set engine.kind=transformers."
+        )
     return config.kind
 
 
@@ -61,7 +64,11 @@ def why_kind(config: EngineConfig | None = None) -> str:
         return "engine.kind asks for it"
     if obstacle := hardware.why_not_vllm():
         return f"{obstacle}; transformers runs anywhere, more slowly"
-    where = f"{len(hardware.gpus())} CUDA device(s)" if hardware.gpus() else f"this processor ({len(hardware.cores())} cores)"
+    where = (
+        f"{len(hardware.gpus())} CUDA device(s)"
+        if hardware.gpus()
+        else f"this processor ({len(hardware.cores())} cores)"
+    )
     return f"vllm is installed and runs on {where}"
 
 

@@ -61,7 +61,13 @@ class Child:
     """The parent's handle on a module that runs in a process, session and log of its own."""
 
     def __init__(
-        self, module: str, args: Sequence[str] = (), *, log: Path, env: Mapping[str, str] | None = None, channel: bool = False
+        self,
+        module: str,
+        args: Sequence[str] = (),
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        channel: bool = False,
     ) -> None:
         """Start `python -m module args`. `env` adds to ours; `log` receives stdout and stderr, appended."""
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +75,9 @@ class Child:
         if channel:
             ours, theirs = socket.socketpair()
             self.channel = Channel(ours)
-        root = str(Path(__file__).parents[2])  # our package must be importable even where the parent only has it on sys.path
+        root = str(
+            Path(__file__).parents[2]
+        )  # our package must be importable even where the parent only has it on sys.path
         surroundings = os.environ | dict(env or {}) | {
             _PARENT: str(os.getpid()),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
@@ -144,7 +152,7 @@ def end_with_parent(parent: int | None = None) -> None:
     if os.getsid(0) != os.getpid():
         return  # started by hand: the session is somebody else's
     lifeline = os.dup(0)
-    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted; code that reads stdin must not eat the lifeline
+    with Path(os.devnull).open("rb") as nothing:  # code that reads stdin must not eat the lifeline
         os.dup2(nothing.fileno(), 0)
     threading.Thread(target=_watch, args=(lifeline, parent), daemon=True, name="lifeline").start()
 

@@ -9,7 +9,7 @@ Only this child imports the module: it pays for torch and transformers at the to
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     # transformers imports what it finds and decoding never calls: seconds of start-up
@@ -36,7 +36,12 @@ _SLAB = 64
 class SlabLayer(DynamicLayer):
     """Keys and values in memory that grows by slabs: the stock layer copies the whole cache for each token."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append along the positions, dimension 2 of 4; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -72,7 +77,7 @@ class Sample:
         self.said: list[int] = []
         self.stream = torch.Generator().manual_seed(task.request.seed + index)
         self.tail = max(map(len, task.request.sampling.stop), default=0) + 8
-        """Tokens in which a stop string that the newest token completes must lie; a token may be part of a character."""
+        """Tokens in which a stop string that the newest one completes must lie; a token may be part of a character."""
 
 
 class Batch:
@@ -89,7 +94,7 @@ class Batch:
         self.rows, self.mask, self.last = [self.rows[i] for i in places], self.mask[chosen], self.last[chosen]
         start = int(self.mask.any(0).int().argmax()) if places else 0
         self.mask = self.mask[:, start:]
-        for layer in self.cache.layers:
+        for layer in _layers(self.cache):
             layer.replace(layer.keys[chosen, :, start:], layer.values[chosen, :, start:])
 
     def join(self, other: "Batch") -> None:
@@ -98,11 +103,15 @@ class Batch:
         self.rows = self.rows + other.rows
         self.mask = torch.cat([_left(batch.mask, width, 1) for batch in (self, other)])
         self.last = torch.cat([self.last, other.last])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             mine.replace(*(
                 torch.cat([_left(states, width, 2) for states in pair])
                 for pair in ((mine.keys, theirs.keys), (mine.values, theirs.values))
             ))  # fmt: skip
+
+
+def _layers(cache: Cache) -> list[SlabLayer]:
+    return cast("list[SlabLayer]", cache.layers)
 
 
 def _left(states: torch.Tensor, width: int, dimension: int) -> torch.Tensor:
@@ -119,7 +128,7 @@ class Decoder:
         self.device = "cuda" if start.gpu else "mps" if torch.backends.mps.is_available() else "cpu"
         torch.set_num_threads(start.threads)
         torch.set_grad_enabled(False)
-        self.model = AutoModelForCausalLM.from_pretrained(
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
             start.model, dtype=getattr(torch, config.dtype), trust_remote_code=start.trust_remote_code
         )
         self.model.to(self.device).eval()
@@ -166,7 +175,7 @@ class Decoder:
             cache = Cache(layer_class_to_replicate=SlabLayer)
             logits, mask = self._read(list(prompts.values()), 1, cache)
             copies = torch.tensor([place[row.task.key] for row in group], device=self.device)
-            for layer in cache.layers:
+            for layer in _layers(cache):
                 layer.replace(layer.keys[copies], layer.values[copies])
             fresh = Batch(group, cache, mask[copies], torch.empty(0))
             done += self._take(fresh, logits[:, -1][copies])
@@ -251,15 +260,23 @@ class Decoder:
             positions = max(positions, len(question.tokens) if isinstance(question, Assess) else 1)
             width = max(width, length)
             count = len(taken) + 1
-            if taken and (type(question) is not type(taken[0]) or count * width > PREFILL_TOKENS or count * positions > SCORED_POSITIONS):
+            if taken and (
+                type(question) is not type(taken[0])
+                or count * width > PREFILL_TOKENS
+                or count * positions > SCORED_POSITIONS
+            ):
                 break
             taken.append(self.questions.popleft())
         if isinstance(taken[0], Assess):
-            return [_weighed(task, logits) for task, logits in self._logits([task for task in taken if isinstance(task, Assess)])]
+            return [
+                _weighed(task, logits)
+                for task, logits in self._logits([task for task in taken if isinstance(task, Assess)])
+            ]
         logits, _ = self._read([task.prompt for task in taken], 1, None)
         scores = logits[:, -1].float().log_softmax(-1).cpu()
         return [
-            Chosen(task.key, TokenScores(task.id, tuple(row[task.tokens].tolist()))) for task, row in zip(taken, scores, strict=True)
+            Chosen(task.key, TokenScores(task.id, tuple(row[task.tokens].tolist())))
+            for task, row in zip(taken, scores, strict=True)
         ]
 
     def _logits(self, tasks: list[Assess]) -> Iterator[tuple[Assess, torch.Tensor]]:
@@ -270,7 +287,7 @@ class Decoder:
             yield task, row[-len(task.tokens) - 1 : -1]
 
     def _read(self, prompts: list[list[int]], positions: int, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run prompts through the model; returns the logits of their last positions, and the mask of what is not padding."""
+        """Run prompts through the model; returns the logits of their last positions, and what is not padding."""
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)

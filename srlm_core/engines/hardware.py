@@ -22,7 +22,7 @@ class Placement(NamedTuple):
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """Return the CUDA devices that torch may use, as CUDA_VISIBLE_DEVICES names them; none without a CUDA build of torch."""
+    """Return the CUDA devices that torch may use, as CUDA_VISIBLE_DEVICES names them; none if torch has no CUDA."""
     if not _torch_has_cuda():
         return ()
     found = _nvidia_smi("index")
@@ -39,7 +39,9 @@ def cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split())
+    return frozenset(
+        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()
+    )
 
 
 def cores() -> tuple[int, ...]:
@@ -78,9 +80,27 @@ def free_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def openmp(cores: tuple[int, ...]) -> dict[str, str]:
+    """Return an environment that gives each of these processors one OpenMP thread.
+
+    Intel's OpenMP, where its package is installed, lets waiting threads sleep after 5 ms. GNU's let them spin: on a
+    machine that does anything else, a thread that is waited for then waits for one that is only waiting.
+    """
+    threads = {"OMP_NUM_THREADS": str(len(cores))}
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if sys.platform == "linux" and platform.machine() == "x86_64" and library.exists():
+        bound = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+        return threads | {"LD_PRELOAD": str(library), "KMP_AFFINITY": bound, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+    return threads | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def _torch_has_cuda() -> bool:
     try:
-        return sys.platform == "linux" and not version("torch").endswith(("+cpu", "+xpu")) and "+rocm" not in version("torch")
+        return (
+            sys.platform == "linux"
+            and not version("torch").endswith(("+cpu", "+xpu"))
+            and "+rocm" not in version("torch")
+        )
     except PackageNotFoundError:
         return False
 
@@ -90,6 +110,10 @@ def _nvidia_smi(column: str) -> tuple[str, ...]:
     if (program := shutil.which("nvidia-smi")) is None:
         return ()
     asked = subprocess.run(
-        [program, f"--query-gpu={column}", "--format=csv,noheader"], capture_output=True, text=True, timeout=60, check=False
+        [program, f"--query-gpu={column}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     return tuple(line.strip() for line in asked.stdout.splitlines() if line.strip()) if asked.returncode == 0 else ()

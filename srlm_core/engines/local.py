@@ -66,16 +66,22 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Completed(msgspec.Struct, tag=True):
+    """Answer to Draw."""
+
     key: int
     result: Completion
 
 
 class Weighed(msgspec.Struct, tag=True):
+    """Answer to Weigh."""
+
     key: int
     result: LogProb
 
 
 class Chosen(msgspec.Struct, tag=True):
+    """Answer to Choose."""
+
     key: int
     result: TokenScores
 
@@ -108,7 +114,13 @@ class LocalEngine:
     capabilities = frozenset({"generate", "logprobs", "token_scores"})
 
     def __init__(
-        self, config: EngineConfig, model: Path, *, log: Path, trust_remote_code: bool = False, placement: Placement | None = None
+        self,
+        config: EngineConfig,
+        model: Path,
+        *,
+        log: Path,
+        trust_remote_code: bool = False,
+        placement: Placement | None = None,
     ) -> None:
         self.config, self.model, self.log, self.trust_remote_code = config, model, log, trust_remote_code
         self.placement = placement or Placement()
@@ -169,12 +181,16 @@ class LocalEngine:
             child.channel.send(_encode(start))
             first = _decode(next(words))
         except (OSError, StopIteration):
-            raise EngineDied(f"{self.kind} engine: expected it to start with {self.model}, but {child.obituary()}") from None
+            raise EngineDied(
+                f"{self.kind} engine: expected it to start with {self.model}, but {child.obituary()}"
+            ) from None
         if isinstance(first, Refused):
             raise ModelError(first.message)
         assert isinstance(first, Ready)
         if first.context < self.config.context:
-            log.warning("engine.context is %d, but %s ends at %d: that holds", self.config.context, self.model, first.context)
+            log.warning(
+                "engine.context is %d, but %s ends at %d: that holds", self.config.context, self.model, first.context
+            )
         self.context, self._over = first.context, None
         threading.Thread(target=self._listen, args=(child, words), daemon=True, name=f"{self.kind} replies").start()
 
@@ -195,7 +211,9 @@ class LocalEngine:
             for waiting in self._waiting.values():
                 waiting.put(None)
 
-    def _ask(self, items: Iterable[Any], question: Callable[[int, Any], Question], size: Callable[[Any], int]) -> Iterator[Any]:
+    def _ask(
+        self, items: Iterable[Any], question: Callable[[int, Any], Question], size: Callable[[Any], int]
+    ) -> Iterator[Any]:
         """Yield the answers to all items, asking for more as they come."""
         replies: queue.SimpleQueue[FromChild | None] = queue.SimpleQueue()
         left: dict[int, int] = {}
@@ -226,7 +244,9 @@ class LocalEngine:
         finally:
             self._forget(tuple(left))
 
-    def _send(self, question: Callable[[int, Any], Question], item: Any, replies: queue.SimpleQueue[FromChild | None]) -> int:
+    def _send(
+        self, question: Callable[[int, Any], Question], item: Any, replies: queue.SimpleQueue[FromChild | None]
+    ) -> int:
         key = next(self._keys)
         with self._lock:
             if self._over is not None:

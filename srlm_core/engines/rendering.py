@@ -52,8 +52,9 @@ class Renderer:
         whole = self.tokenizer.apply_chat_template([*messages, turn], tokenize=False)
         if not whole.startswith(prompt):
             raise ModelError(
-                f"expected the chat template of {self.name} to render a prompt as the beginning of prompt and response, "
-                f"got {whole[: len(prompt)][-80:]!r} where the prompt ends with {prompt[-80:]!r}. Mend the chat template."
+                f"expected the chat template of {self.name} to render a prompt as the beginning of prompt and "
+                f"response, got {whole[: len(prompt)][-80:]!r} where the prompt ends with {prompt[-80:]!r}. "
+                "Mend the chat template."
             )
         response_ids = self._ids(whole[len(prompt) :], chat=True)
         last = max((i for i, token in enumerate(response_ids) if token in self.ends), default=None)
@@ -88,7 +89,7 @@ class Renderer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Return the text of ids that follow a prompt: some tokenizers drop the first space of a text that begins with them."""
+        """Return the text of ids that follow a prompt: some tokenizers drop a space that a text begins with."""
         before = list(prompt[-8:])
         head, whole = self.decode(before), self.decode([*before, *ids])
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
@@ -109,7 +110,9 @@ class Renderer:
 
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
     """Return the length of the longest common beginning."""
-    return next((i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1), min(map(len, sequences)))
+    return next(
+        (i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1), min(map(len, sequences))
+    )
 
 
 def _declared_ends(model: Path) -> set[int]:

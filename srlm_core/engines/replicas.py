@@ -77,7 +77,8 @@ class Replicas:
         def put(word: Any) -> None:
             while not over.is_set():
                 try:
-                    return answers.put(word, timeout=0.5)
+                    answers.put(word, timeout=0.5)
+                    return
                 except queue.Full:
                     continue
 
@@ -134,7 +135,8 @@ def placements(config: EngineConfig) -> list[Placement]:
     each = len(cores) // n
     if not gpus and (each < 1 or (config.threads or 1) > each):
         raise ConfigError(
-            f"engine.replicas: expected {n} × engine.threads={config.threads or 1} to fit {len(cores)} core(s). Lower one of them."
+            f"engine.replicas: expected {n} × engine.threads={config.threads or 1} to fit {len(cores)} core(s). "
+            "Lower one of them."
         )
     per = config.tensor_parallel
     return [

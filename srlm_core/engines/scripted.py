@@ -22,28 +22,31 @@ from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.errors import ModelError
 from srlm_core.store import seed_for, write_json
 
-_VERBS = (
-    "Explain Describe Compare List Summarise Plan Rewrite Estimate Outline Suggest Recommend Draft Review Teach".split()
-)
-_THINGS = (
-    "the tides|a bakery|winter gardening|a train timetable|compound interest|a school play|bird migration|"
-    "a job interview|healthy breakfasts|an old bicycle|volcanoes|a chess opening|moving house|solar panels|"
-    "a family budget|sourdough bread|the water cycle|a thank-you note|first aid|a museum visit|honey bees|"
-    "a street market|long-distance running|knitting|the night sky|a lost parcel|rain barrels|a choir"
-).split("|")
-_FOR = (
-    "for a ten-year-old|in three steps|for a busy parent|with one example|for a beginner|in plain words|"
-    "for a small village|before Monday|without any jargon|for two people|on a tight budget|as a short letter|"
-    "for a grandparent|with a checklist|in under fifty words|for a rainy day"
-).split("|")
-_SOUND = (
-    "Sound: this settles what was asked.|Sound: the numbers add up.|Sound: the steps are in order.|"
-    "Sound: an example makes it plain.|Sound: nothing is left out."
-).split("|")
-_HOLLOW = (
-    "Hollow: many things could be said here.|Hollow: it depends on many factors.|Hollow: opinions differ widely.|"
-    "Hollow: this is an interesting topic.|Hollow: more research may help."
-).split("|")
+_VERBS = [
+    "Explain", "Describe", "Compare", "List", "Summarise", "Plan", "Rewrite", "Estimate", "Outline", "Suggest",
+    "Recommend", "Draft", "Review", "Teach",
+]  # fmt: skip
+_THINGS = [
+    "the tides", "a bakery", "winter gardening", "a train timetable", "compound interest", "a school play",
+    "bird migration", "a job interview", "healthy breakfasts", "an old bicycle", "volcanoes", "a chess opening",
+    "moving house", "solar panels", "a family budget", "sourdough bread", "the water cycle", "a thank-you note",
+    "first aid", "a museum visit", "honey bees", "a street market", "long-distance running", "knitting",
+    "the night sky", "a lost parcel", "rain barrels", "a choir",
+]  # fmt: skip
+_FOR = [
+    "for a ten-year-old", "in three steps", "for a busy parent", "with one example", "for a beginner",
+    "in plain words", "for a small village", "before Monday", "without any jargon", "for two people",
+    "on a tight budget", "as a short letter", "for a grandparent", "with a checklist", "in under fifty words",
+    "for a rainy day",
+]  # fmt: skip
+_SOUND = [
+    "Sound: this settles what was asked.", "Sound: the numbers add up.", "Sound: the steps are in order.",
+    "Sound: an example makes it plain.", "Sound: nothing is left out.",
+]  # fmt: skip
+_HOLLOW = [
+    "Hollow: many things could be said here.", "Hollow: it depends on many factors.",
+    "Hollow: opinions differ widely.", "Hollow: this is an interesting topic.", "Hollow: more research may help.",
+]  # fmt: skip
 _JUDGED = re.compile(r"<response>\n(.*?)\n</response>", re.DOTALL)
 
 

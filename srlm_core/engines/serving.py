@@ -14,7 +14,6 @@ from srlm_core.config import EngineConfig
 from srlm_core.engines.child import Channel, channel_to_parent
 from srlm_core.engines.local import (
     Answer,
-    Choose,
     Chosen,
     Completed,
     Draw,
@@ -83,7 +82,10 @@ class Runner(Protocol):
 
 
 def serve(make: Callable[[Start, EngineConfig, Renderer, int], Runner]) -> None:
-    """Be the child: load the model, then answer until the parent is gone. `make` gets the longest prompt plus completion too."""
+    """Be the child: load the model, then answer until the parent is gone.
+
+    `make` gets what the parent said, the config, the renderer, and the longest prompt plus completion in tokens.
+    """
     channel = channel_to_parent()
     words = iter(channel)
     start = msgspec.msgpack.decode(next(words), type=Start)
@@ -116,7 +118,13 @@ def _work(channel: Channel, runner: Runner, inbox: queue.SimpleQueue[Task | Forg
             _send(channel, answer)
 
 
-def _read(channel: Channel, words: Iterable[bytes], renderer: Renderer, context: int, inbox: queue.SimpleQueue[Task | Forget | None]) -> None:
+def _read(
+    channel: Channel,
+    words: Iterable[bytes],
+    renderer: Renderer,
+    context: int,
+    inbox: queue.SimpleQueue[Task | Forget | None],
+) -> None:
     """Tokenize in a thread of its own, so that the model never waits for it."""
     decode = msgspec.msgpack.Decoder(FromParent).decode
     for word in words:
@@ -128,9 +136,17 @@ def _read(channel: Channel, words: Iterable[bytes], renderer: Renderer, context:
         try:
             task = as_task(question, renderer)
             if not task.prompt:
-                raise ModelError(f"expected a prompt of at least one token, got none: {question}. Give messages or a prefix.")
+                raise ModelError(
+                    f"expected a prompt of at least one token, got none: {question}. Give messages or a prefix."
+                )
         except Exception as error:  # one question must not end the others: chat templates raise what they like
-            _send(channel, Refused(question.key, f"{type(error).__name__}: {error}" if not isinstance(error, ModelError) else str(error)))
+            _send(
+                channel,
+                Refused(
+                    question.key,
+                    f"{type(error).__name__}: {error}" if not isinstance(error, ModelError) else str(error),
+                ),
+            )
             continue
         if fits(task, context):
             inbox.put(task)
@@ -143,7 +159,9 @@ def _read(channel: Channel, words: Iterable[bytes], renderer: Renderer, context:
 def as_task(question: Question, renderer: Renderer) -> Task:
     """Render and tokenize what is asked. Raises ModelError where the tokenizer cannot."""
     if isinstance(question, Draw):
-        return Continue(question.key, question.request, renderer.prompt(question.request.messages, question.request.prefix))
+        return Continue(
+            question.key, question.request, renderer.prompt(question.request.messages, question.request.prefix)
+        )
     if isinstance(question, Weigh):
         return Assess(question.key, question.row.id, *renderer.scored(question.row.messages, question.row.response))
     asked = renderer.choices(question.request.messages, question.request.prefix, question.choices)

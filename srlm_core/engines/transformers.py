@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from srlm_core.engines import hardware
 from srlm_core.engines.local import LocalEngine
 
 
@@ -14,6 +15,6 @@ class TransformersEngine(LocalEngine):
     def environment(self) -> Mapping[str, str]:
         chosen = {"CUDA_VISIBLE_DEVICES": ",".join(self.placement.gpus)} if self.placement.gpus else {}
         return chosen | {
-            "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(len(self.cores)),
-        }  # fmt: skip
+            "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        } | hardware.openmp(self.cores)  # fmt: skip

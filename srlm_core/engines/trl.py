@@ -53,9 +53,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
-trl.trainer.utils._use_triton = lambda device: True
+trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
 # Names a cache that we do not use, at the price of reading every weight
-trl.trainer.dpo_trainer.hash_module = lambda module: ""
+trl.trainer.dpo_trainer.hash_module = lambda module: ""  # pyright: ignore[reportPrivateImportUsage]
 
 _COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected")}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -375,7 +375,8 @@ def run(job: TrainingJob, report: Report) -> TrainingResult:
     finished = claim(job)
     if finished is not None:
         return finished
-    torch.set_num_threads(job.threads or len(os.sched_getaffinity(0)))
+    look_for_models(job)
+    torch.set_num_threads(job.threads or len(hardware.cores()))
     tokenizer = AutoTokenizer.from_pretrained(job.init_from, trust_remote_code=job.trust_remote_code)
     rows, heldout, dropped = load_rows(job, tokenizer, report)
     checkpoint = last_checkpoint(job.work_dir / "checkpoints")
@@ -478,6 +479,16 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             complete.append((step, checkpoint))
     return max(complete)[1] if complete else None
+
+
+def look_for_models(job: TrainingJob) -> None:
+    """Fail early, and in plain words, where a checkpoint is not."""
+    for role, path in (("init_from", job.init_from), ("reference", job.reference)):
+        if path is not None and not (path / "config.json").exists():
+            raise TrainingFailed(
+                f"training ({job.kind}): expected a checkpoint folder with a config.json as {role}, got {path}. "
+                "Name a model that exists."
+            )
 
 
 def load_model(path: Path, job: TrainingJob) -> Any:

@@ -112,5 +112,8 @@ def test_arguments_reach_the_module_and_stdin_is_empty(module, tmp_path):
 
 
 def test_the_module_imports_nothing_heavy():
-    told = "import sys, srlm_core.engines.child; print([m for m in ('torch', 'numpy', 'transformers', 'vllm') if m in sys.modules])"
+    told = (
+        "import sys, srlm_core.engines.child\n"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'vllm') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"

@@ -38,7 +38,9 @@ def test_rows_inside_and_outside_the_best_tokens_mix_in_one_batch():
 
 
 def test_a_vocabulary_smaller_than_the_best_tokens_works():
-    assert keep_nucleus(torch.tensor([[0.0, 10.0, 0.0]]), torch.tensor([0.5])).isfinite().tolist() == [[False, True, False]]
+    assert keep_nucleus(torch.tensor([[0.0, 10.0, 0.0]]), torch.tensor([0.5])).isfinite().tolist() == [
+        [False, True, False]
+    ]
 
 
 def test_draws_follow_the_probabilities_of_the_nucleus():

@@ -50,9 +50,15 @@ class Endpoint(BaseHTTPRequestHandler):
         if asked.get("logprobs"):
             after_space = last["role"] == "assistant" and last["content"].endswith(" ")
             words = {"3": -0.5, "4": -1.5, "x": -3.0} if after_space else {" ": -0.1, "the": -4.0}
-            top = [{"token": word, "logprob": value, "bytes": None, "top_logprobs": []} for word, value in words.items()]
+            top = [
+                {"token": word, "logprob": value, "bytes": None, "top_logprobs": []} for word, value in words.items()
+            ]
         text = f"{'' if last['role'] == 'user' else last['content']} seed {asked.get('seed')}"
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length" if asked["max_tokens"] < 3 else "stop"}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "length" if asked["max_tokens"] < 3 else "stop",
+        }
         if top:
             choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
         return {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice],
@@ -61,14 +67,21 @@ class Endpoint(BaseHTTPRequestHandler):
     def raw(self, asked: dict) -> dict:
         choice = {"index": 0, "text": f" after {asked['prompt']}", "finish_reason": "stop", "logprobs": None}
         if asked.get("logprobs"):
-            choice["logprobs"] = {"top_logprobs": [{" 1": -0.25, " 2": -2.0}], "tokens": [" 1"], "token_logprobs": [-0.25], "text_offset": [0]}
+            choice["logprobs"] = {
+                "top_logprobs": [{" 1": -0.25, " 2": -2.0}],
+                "tokens": [" 1"],
+                "token_logprobs": [-0.25],
+                "text_offset": [0],
+            }
         return {"id": "1", "object": "text_completion", "created": 0, "model": "judge", "choices": [choice],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}  # fmt: skip
 
     def say(self, status: int, body: dict, headers: dict | None = None):
         text = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(text))} | (headers or {})).items():
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(text))} | (headers or {})
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text)

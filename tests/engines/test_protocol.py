@@ -62,7 +62,9 @@ def test_nothing_asked_is_nothing_answered(engine):
 
 
 def test_a_stop_string_ends_the_text_and_is_not_in_it(engine):
-    (said,) = engine.generate([Request("a", prefix=LIST, sampling=Sampling(temperature=0, max_tokens=24, stop=("\n4", "zzz")))])
+    (said,) = engine.generate(
+        [Request("a", prefix=LIST, sampling=Sampling(temperature=0, max_tokens=24, stop=("\n4", "zzz")))]
+    )
     assert (said.text, said.finish_reason) == (" Wednesday", "stop")
 
 
@@ -83,7 +85,8 @@ def test_what_does_not_fit_the_context_is_refused_and_the_rest_goes_on(engine):
         Request("fits", user("Hello."), sampling=WARM),
     ]))  # fmt: skip
     assert [said[key] for key in [("prompt", 0), ("prompt", 1), ("budget", 0)]] == [
-        Completion("prompt", 0, "", 0, "too_long"), Completion("prompt", 1, "", 0, "too_long"), Completion("budget", 0, "", 0, "too_long")
+        Completion("prompt", 0, "", 0, "too_long"), Completion("prompt", 1, "", 0, "too_long"),
+        Completion("budget", 0, "", 0, "too_long"),
     ]  # fmt: skip
     assert said["fits", 0].n_tokens > 0
     (score,) = engine.token_scores([Request("long", user("word " * CONTEXT))], ["1", "2"])
@@ -108,7 +111,9 @@ def test_sample_i_draws_from_stream_seed_plus_i(engine):
 
 
 def test_a_prefix_begins_the_assistants_turn(engine):
-    (said,) = engine.generate([Request("a", user("What is the capital of France?"), prefix="The capital of France is", sampling=GREEDY)])
+    (said,) = engine.generate(
+        [Request("a", user("What is the capital of France?"), prefix="The capital of France is", sampling=GREEDY)]
+    )
     assert said.text.startswith(" Paris")
 
 
@@ -133,9 +138,12 @@ def test_a_choice_of_several_tokens_is_refused_by_name(engine):
 
 
 def test_the_probability_of_what_greedy_said_is_marked_greedy(engine):
-    (said,) = engine.generate([Request("a", user("Reply with the one word yes."), sampling=Sampling(temperature=0, max_tokens=60))])
+    (said,) = engine.generate(
+        [Request("a", user("Reply with the one word yes."), sampling=Sampling(temperature=0, max_tokens=60))]
+    )
     weighed = {w.id: w for w in engine.logprobs([
-        ScoredText("greedy", user("Reply with the one word yes."), said.text), ScoredText("other", user("Reply with the one word yes."), "Purple."),
+        ScoredText("greedy", user("Reply with the one word yes."), said.text),
+        ScoredText("other", user("Reply with the one word yes."), "Purple."),
     ])}  # fmt: skip
     assert weighed["greedy"].greedy
     assert not weighed["other"].greedy
@@ -148,9 +156,15 @@ def test_several_threads_ask_at_once_and_each_gets_its_own(engine):
 
     def ask(i: int) -> None:
         if i % 3 == 2:
-            found[i] = list(engine.token_scores([Request(f"{i}.{j}", user("Rate it."), prefix="Score: ") for j in range(4)], ["1", "2"]))
+            found[i] = list(
+                engine.token_scores(
+                    [Request(f"{i}.{j}", user("Rate it."), prefix="Score: ") for j in range(4)], ["1", "2"]
+                )
+            )
         else:
-            found[i] = list(engine.generate(Request(f"{i}.{j}", user(f"Say {j}."), sampling=WARM, seed=j) for j in range(4)))
+            found[i] = list(
+                engine.generate(Request(f"{i}.{j}", user(f"Say {j}."), sampling=WARM, seed=j) for j in range(4))
+            )
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -164,7 +178,9 @@ def test_several_threads_ask_at_once_and_each_gets_its_own(engine):
 
 def test_requests_are_pulled_as_others_finish(engine):
     pulled: list[int] = []
-    asked = (pulled.append(i) or Request(str(i), prefix=LIST, sampling=Sampling(max_tokens=2), seed=i) for i in range(80))
+    asked = (
+        pulled.append(i) or Request(str(i), prefix=LIST, sampling=Sampling(max_tokens=2), seed=i) for i in range(80)
+    )
     answers = engine.generate(asked)
     next(answers)
     assert len(pulled) <= 2 * 16
@@ -183,8 +199,14 @@ def test_a_caller_that_leaves_early_costs_nobody_else_anything(engine):
 @NO_VLLM
 def test_the_engines_agree_on_probabilities(engines):
     scored = [Request("s", user("How good is this answer: 42?"), prefix="Score:"), Request("r", prefix=LIST)]
-    weighed = [ScoredText("short", user("Name a colour."), "Red."), ScoredText("long", user("Describe the sea."), "The sea is wide and blue. " * 9)]
-    ours, theirs = ({s.request_id: s.logprobs for s in engines(kind).token_scores(scored, [" 1", " 2", " 3"])} for kind in ("vllm", "transformers"))
+    weighed = [
+        ScoredText("short", user("Name a colour."), "Red."),
+        ScoredText("long", user("Describe the sea."), "The sea is wide and blue. " * 9),
+    ]
+    ours, theirs = (
+        {s.request_id: s.logprobs for s in engines(kind).token_scores(scored, [" 1", " 2", " 3"])}
+        for kind in ("vllm", "transformers")
+    )
     for name, logprobs in ours.items():
         assert logprobs == pytest.approx(theirs[name], abs=2e-3)
     ours, theirs = ({w.id: w for w in engines(kind).logprobs(weighed)} for kind in ("vllm", "transformers"))
@@ -195,6 +217,9 @@ def test_the_engines_agree_on_probabilities(engines):
 
 @NO_VLLM
 def test_the_engines_agree_on_greedy_text(engines):
-    asked = [Request("a", user("What is the capital of France?"), sampling=GREEDY), Request("r", prefix=LIST, sampling=GREEDY)]
+    asked = [
+        Request("a", user("What is the capital of France?"), sampling=GREEDY),
+        Request("r", prefix=LIST, sampling=GREEDY),
+    ]
     ours, theirs = ({c.request_id: c.text for c in engines(kind).generate(asked)} for kind in ("vllm", "transformers"))
     assert ours == theirs

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -443,7 +444,7 @@ def test_a_killed_training_goes_on_and_ends_where_an_undisturbed_one_does(
         if event["event"] == "step" and event["step"] == 7:
             os.kill(_the_child(), signal.SIGKILL)
 
-    with pytest.raises(TrainingFailed, match="killed by SIGKILL after step"):
+    with pytest.raises(TrainingFailed, match="after step 7: its process was killed by SIGKILL"):
         train(job, log=tmp_path / "child.log", on_progress=kill_at_step_7)
     half = job.work_dir / "checkpoints" / "checkpoint-99"
     half.mkdir()
@@ -556,7 +557,18 @@ def test_a_corrupt_file_of_rows_or_a_missing_column_is_named(child: Any, tmp_pat
         child.read_rows(_write(tmp_path / "sft.parquet", _rows("sft", 2)), "dpo")
 
 
-def test_a_model_that_is_none_ends_with_the_childs_last_words(tiny: Path, tmp_path: Path) -> None:
-    job = _job(tmp_path, "sft", tmp_path / "nothing", _rows("sft", 4))
-    with pytest.raises(TrainingFailed, match=r"(?s)ended with code 1 before its first step.*last words:.*nothing"):
-        train(job, log=tmp_path / "child.log")
+def test_a_model_that_is_not_there_is_named(child: Any, tiny: Path, tmp_path: Path) -> None:
+    for role in ("init_from", "reference"):
+        job = _job(tmp_path, "dpo", tiny, _rows("dpo", 4)).model_copy(update={role: tmp_path / "nothing"})
+        with pytest.raises(TrainingFailed, match=f"expected a checkpoint folder with a config.json as {role}"):
+            _run(child, job)
+
+
+def test_a_child_that_breaks_down_leaves_its_last_words(tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(
+        TrainingFailed, match=r"(?s)after step 0: its process ended with code 1.*words:.*SafetensorError"
+    ):
+        train(_job(tmp_path, "sft", broken, _rows("sft", 4)), log=tmp_path / "child.log")
