@@ -34,10 +34,8 @@ def main() -> None:
     except SrlmError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # Typer makes an Abort of Ctrl-C
         typer.echo("stopped. Nothing finished is lost: the same command goes on from here.", err=True)
-        sys.exit(130)
-    except typer.Abort:
         sys.exit(130)
     except typer.Exit as done:
         sys.exit(done.exit_code)

@@ -78,7 +78,7 @@ def run_recipe(
 def _run(
     config: RunConfig, campaign: Campaign, backend: Backend, console: Any, *, use_prefect: bool, use_mlflow: bool
 ) -> None:
-    from flows.self_reward import run_campaign
+    from flows.campaign import run_campaign
 
     run_campaign(config, campaign, backend=backend, observers=[console], use_prefect=use_prefect, use_mlflow=use_mlflow)
 

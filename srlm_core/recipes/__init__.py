@@ -112,7 +112,7 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed: Any = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
-        parsed = None if value in ("null", "none", "None") else value
+        parsed = None if value == "null" else value
     for key in reversed(name.strip().split(".")):
         parsed = {key: parsed}
     return parsed
