@@ -329,5 +329,9 @@ class RunConfig(Settings):
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe's settings, for editors."""
-    return RunConfig.model_json_schema()
+    """Return the JSON schema of a recipe file, for editors: settings for all sizes, and `sizes` that change some."""
+    settings = RunConfig.model_json_schema()
+    description = {"type": "string", "description": "What this size is for, how long it takes."}
+    size = {"type": "object", "properties": {**settings["properties"], "description": description}}
+    sizes = {"type": "object", "additionalProperties": size}
+    return {**settings, "title": "srlm recipe", "properties": {**settings["properties"], "sizes": sizes}}

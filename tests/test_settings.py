@@ -93,3 +93,17 @@ def test_a_size_that_does_not_exist_names_the_sizes():
 def test_overrides_are_typed():
     config = recipes.load("smoke", overrides=["responses.n=8", "judgments.judge=/some/path", "prompts.generator=base"])
     assert (config.responses.n, config.judgments.judge, config.prompts.generator) == (8, "/some/path", "base")
+
+
+def test_the_schema_for_editors_is_the_one_that_ships_and_every_recipe_fits_it():
+    import json
+    import tomllib
+
+    import jsonschema
+
+    from srlm_core.config import schema
+
+    shipped = json.loads((recipes.FOLDER / "recipe.schema.json").read_text())
+    assert shipped == schema(), "run: srlm recipes --settings > srlm_core/recipes/recipe.schema.json"
+    for name in recipes.names():
+        jsonschema.validate(tomllib.loads((recipes.FOLDER / f"{name}.toml").read_text()), shipped)

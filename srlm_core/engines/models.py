@@ -93,7 +93,8 @@ def check(folder: Path, name: str) -> Path:
     if not shards:
         raise ModelError(
             f"{name}: expected weights as safetensors, got {_listing(folder)}. "
-            "Pickled weights are never loaded, they can run code: convert them with save_pretrained(..., safe_serialization=True)."
+            "Pickled weights are never loaded, they can run code: convert them "
+            "with save_pretrained(..., safe_serialization=True)."
         )
     if missing := [shard.name for shard in shards if not shard.exists()]:
         raise ModelError(

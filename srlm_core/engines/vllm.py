@@ -59,11 +59,8 @@ class VllmRunner:
             self._add(task, 0, task.prompt, _one_token(logprob_token_ids=task.tokens))
 
     def step(self) -> list[Answer]:
-        return [
-            self._answer(*self._tasks.pop(output.request_id), output)
-            for output in self._engine.step()
-            if output.finished
-        ]
+        finished = [output for output in self._engine.step() if output.finished and output.request_id in self._tasks]
+        return [self._answer(*self._tasks.pop(output.request_id), output) for output in finished]
 
     def forget(self, keys: frozenset[int]) -> None:
         dropped = [name for name, (task, _) in self._tasks.items() if task.key in keys]
@@ -85,7 +82,8 @@ class VllmRunner:
         asked, request = task.request.sampling, task.request
         ours = self._nucleus and 0 < asked.top_p < 1 and asked.temperature > 0
         return SamplingParams(
-            temperature=asked.temperature, max_tokens=asked.max_tokens, stop=list(asked.stop), stop_token_ids=self._ends,
+            temperature=asked.temperature, max_tokens=asked.max_tokens,
+            stop=list(asked.stop), stop_token_ids=self._ends,
             top_p=1.0 if ours else asked.top_p, extra_args={EXTRA: asked.top_p} if ours else None,
             seed=request.seed + index if asked.temperature else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
