@@ -24,6 +24,10 @@ PromptsFile = Annotated[
 RUNS = Path("runs")
 
 
+def _say_stopped() -> None:
+    typer.echo("stopped. Nothing finished is lost: the same command goes on from here.", err=True)
+
+
 def main() -> None:
     """Run a command; errors that a user can mend are printed without a traceback."""
     from srlm_core.errors import SrlmError
@@ -34,9 +38,13 @@ def main() -> None:
     except SrlmError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):  # Typer makes an Abort of Ctrl-C
-        typer.echo("stopped. Nothing finished is lost: the same command goes on from here.", err=True)
+    except (KeyboardInterrupt, typer.Abort):
+        _say_stopped()
         sys.exit(130)
+    except SystemExit as done:
+        if done.code == 130:  # Typer ends a Ctrl-C this way, without a word
+            _say_stopped()
+        raise
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except Exception as error:

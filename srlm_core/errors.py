@@ -29,5 +29,9 @@ class EngineDied(SrlmError):
     """An engine's process ended while requests were in flight; carries its own last words."""
 
 
+class EngineClosed(SrlmError):
+    """The campaign is stopping: an engine was closed while shards were still asking it. Not retried."""
+
+
 class TrainingFailed(SrlmError):
     """The training process ended without a model; carries its own last words."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from srlm_core.engines.protocol import Completion, Engine, LogProb, Request, ScoredText, TokenScores
-from srlm_core.errors import EngineDied
+from srlm_core.errors import EngineClosed, EngineDied
 
 log = logging.getLogger("srlm")
 
@@ -53,9 +53,7 @@ class OnDemand:
         """Return the running engine, starting it if needed."""
         with self._lock:
             if self._closed:
-                raise EngineDied(
-                    f"the engine of {self.model} was closed while it was still asked: the campaign is stopping."
-                )
+                raise EngineClosed(f"the engine of {self.model} was closed: the campaign is stopping.")
             if self._engine is None:
                 started = time.monotonic()
                 self._engine = self.start().__enter__()
@@ -65,6 +63,8 @@ class OnDemand:
     def bury(self, dead: Engine, error: EngineDied) -> None:
         """Note a death. The first one leaves room for one restart, the second is raised for good."""
         with self._lock:
+            if self._closed:
+                raise EngineClosed(f"the engine of {self.model} was closed: the campaign is stopping.") from error
             if self._engine is not dead:
                 return  # another thread saw it first
             self._engine = None
