@@ -287,6 +287,7 @@ def test_kill_9_at_three_moments_loses_nothing(tmp_path, whole_group):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("whole_group", [True, False], ids=["group", "command"])
 def test_kill_9_at_twenty_random_moments_loses_nothing(tmp_path, whole_group):
     rng = random.Random(20)
