@@ -267,7 +267,7 @@ def kill_and_resume(tmp_path, moments, whole_group):
         )
         time.sleep(0.6 + moment * (length - 0.6))
         below = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
-        if whole_group:
+        if whole_group and child.poll() is None:  # at a late moment it may have ended by itself
             os.killpg(child.pid, signal.SIGKILL)
         else:
             child.kill()
