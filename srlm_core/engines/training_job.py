@@ -25,7 +25,7 @@ _GRACE_S = 30.0
 _SURROUNDINGS = {
     # Keep freed memory and ask for huge pages: on CPU a tenth of a training step went into page faults
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000",
-    # A thread waits spinning for 0.2 ms, not 5: beside another busy process training ran at a third of its speed
+    # Threads soon sleep at a barrier: beside another busy process the default spins most of the time away
     "GOMP_SPINCOUNT": "10000",
 }
 """Environment of the child, where ours does not say otherwise."""
