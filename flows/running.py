@@ -46,7 +46,6 @@ def run_recipe(
     """Run a campaign from the command line, and say at the end where everything is."""
     from flows.console import Console
     from srlm_core import summary
-    from srlm_core.report import write_report
 
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -65,7 +64,7 @@ def run_recipe(
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
         _run(config, campaign, backend, console, use_prefect=use_prefect, use_mlflow=use_mlflow)
-        page = write_report(campaign.folder)
+        page = campaign.report / "index.html"  # written when the loop said that it had finished
         rows = summary.table(campaign.folder)
     if as_json:
         sys.stdout.write(

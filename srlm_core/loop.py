@@ -413,106 +413,107 @@ MARKER = "complete.json"
 """Written last into a model's folder: where it is, the model is whole."""
 
 
-def _train(run: Run, name: str, *job: Any) -> Model:
+class _Lesson(NamedTuple):
+    """One training run of the campaign: which model comes of what."""
+
+    name: str
+    kind: Literal["sft", "dpo"]
+    rows: pa.Table
+    config: SftConfig | DpoConfig
+    init: Model
+    reference: Model | None
+    folder: Path
+
+    @property
+    def work_dir(self) -> Path:
+        """Rows, checkpoints and log; the bootstrap trains two models and keeps them apart."""
+        training_dir = self.folder / "training"
+        return training_dir / self.name if self.folder.name == "bootstrap" else training_dir
+
+    def fingerprint(self, config: RunConfig) -> str:
+        """Hash what the trained weights depend on."""
+        return digest(
+            {
+                "version": training.VERSION, "kind": self.kind, "seed": config.seed,
+                "rows": store.rows_digest(self.rows),
+                "settings": settings.pick(config, (f"training.{self.kind}",)),
+                "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
+            },
+            length=32,
+        )  # fmt: skip
+
+
+def _train(run: Run, *lesson: Any) -> Model:
     """Train one model, as a piece of work that the executor shows."""
-    return run.executor.run(Work("training", f"training {name}", partial(_find_or_train, run, name, *job)))
+    asked = _Lesson(*lesson)
+    return run.executor.run(Work("training", f"training {asked.name}", partial(_find_or_train, run, asked)))
 
 
-def _find_or_train(
-    run: Run,
-    name: str,
-    kind: Literal["sft", "dpo"],
-    rows: pa.Table,
-    config: SftConfig | DpoConfig,
-    init: Model,
-    reference: Model | None,
-    folder: Path,
-) -> Model:
+def _find_or_train(run: Run, lesson: _Lesson) -> Model:
     """Train one model, go on from its last checkpoint, or find it made."""
-    output = run.campaign.model(name)
-    made_from = digest(
-        {
-            "version": training.VERSION, "kind": kind, "rows": store.rows_digest(rows), "seed": run.config.seed,
-            "settings": settings.pick(run.config, (f"training.{kind}",)),
-            "init": init.digest, "reference": reference.digest if reference else None,
-        },
-        length=32,
-    )  # fmt: skip
+    output, made_from = run.campaign.model(lesson.name), lesson.fingerprint(run.config)
     marker = store.read_json(output / MARKER)
     if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
-        return Model(name, output, marker["digest"])
-    with run.phase(f"training {name}"):
-        result = _train_again(run, name, kind, rows, config, init, reference, folder, made_from)
-    trained = Model(name, output, run.backend.digest(output))
+        return Model(lesson.name, output, marker["digest"])
+    with run.phase(f"training {lesson.name}"):
+        result = _train_again(run, lesson, made_from)
+    trained, reference = Model(lesson.name, output, run.backend.digest(output)), lesson.reference
     store.write_json(
         output / MARKER,
         {
-            "fingerprint": made_from, "digest": trained.digest, "kind": kind, "rows": result.n_rows,
-            "init_from": [init.name, init.digest],
+            "fingerprint": made_from, "digest": trained.digest, "kind": lesson.kind, "rows": result.n_rows,
+            "init_from": [lesson.init.name, lesson.init.digest],
             "reference": [reference.name, reference.digest] if reference else None,
             "steps": result.steps, "seconds": round(result.seconds, 1),
         },
     )  # fmt: skip
-    shutil.rmtree(_work_dir(folder, name) / "checkpoints", ignore_errors=True)
-    run.tell("model", model=trained, result=result, kind=kind)
+    shutil.rmtree(lesson.work_dir / "checkpoints", ignore_errors=True)
+    run.tell("model", model=trained, result=result, kind=lesson.kind)
     return trained
 
 
-def _train_again(
-    run: Run,
-    name: str,
-    kind: Literal["sft", "dpo"],
-    rows: pa.Table,
-    config: SftConfig | DpoConfig,
-    init: Model,
-    reference: Model | None,
-    folder: Path,
-    made_from: str,
-) -> TrainingResult:
-    work_dir = _work_dir(folder, name)
+def _train_again(run: Run, lesson: _Lesson, made_from: str) -> TrainingResult:
+    work_dir = lesson.work_dir
     stamp = store.stamp_of(work_dir / "rows.parquet")
     if stamp is None or stamp.fingerprint != made_from:
         shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
-    asked = [schemas.prompt_text(messages) for messages in rows["prompt"].to_pylist()]
-    kept, held = training.hold_out(rows, config.heldout_share, asked)
+    asked = [schemas.prompt_text(messages) for messages in lesson.rows["prompt"].to_pylist()]
+    kept, held = training.hold_out(lesson.rows, lesson.config.heldout_share, asked)
     store.write_part(work_dir / "rows.parquet", kept, made_from)
     if held.num_rows:
         store.write_part(work_dir / "heldout.parquet", held, made_from)
     job = TrainingJob(
-        kind=kind,
+        kind=lesson.kind,
         rows=work_dir / "rows.parquet",
         heldout=work_dir / "heldout.parquet" if held.num_rows else None,
-        init_from=init.path,
-        reference=reference.path if reference else None,
-        output=run.campaign.model(name),
+        init_from=lesson.init.path,
+        reference=lesson.reference.path if lesson.reference else None,
+        output=run.campaign.model(lesson.name),
         work_dir=work_dir,
-        settings=config,
+        settings=lesson.config,
         seed=run.config.seed,
         trust_remote_code=run.config.model.trust_remote_code,
         threads=run.config.engine.threads,
     )
     shutil.rmtree(job.output, ignore_errors=True)
-    attempts = len(list(run.campaign.logs.glob(f"training_{name}_*.log")))
-    progress = partial(run.tell, "training", model=name)
+    attempts = len(list(run.campaign.logs.glob(f"training_{lesson.name}_*.log")))
+    progress = partial(run.tell, "training", model=lesson.name)
     result = run.backend.train(
         job,
-        log=run.campaign.logs / f"training_{name}_{attempts + 1}.log",
+        log=run.campaign.logs / f"training_{lesson.name}_{attempts + 1}.log",
         on_progress=lambda event: progress(progress=event),
     )
-    _keep_training_log(result, work_dir, folder, name, made_from)
+    _keep_training_log(result, lesson, made_from)
     return result
 
 
-def _work_dir(folder: Path, name: str) -> Path:
-    return folder / "training" / name if folder.name == "bootstrap" else folder / "training"
-
-
-def _keep_training_log(result: TrainingResult, work_dir: Path, folder: Path, name: str, made_from: str) -> None:
+def _keep_training_log(result: TrainingResult, lesson: _Lesson, made_from: str) -> None:
     """Keep the curve as a table, and the rows that were too long among the drops."""
+    folder, name = lesson.folder, lesson.name
     t = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
     columns = sorted({key for row in result.log for key in row})
     curve = pa.table({key: pa.array([row.get(key) for row in result.log]) for key in columns})
-    store.write_part(work_dir / "log.parquet", curve, made_from)
+    store.write_part(lesson.work_dir / "log.parquet", curve, made_from)
     drops = [
         {"id": row_id, "stage": "training", "reason": reason, "iteration": t, "detail": f"{name}: {n_tokens} tokens"}
         for row_id, reason, n_tokens in result.dropped
@@ -578,7 +579,7 @@ def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]
 
 def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
     """What the judgments of these tasks are made from."""
-    step = next(step for step in METHODS["self_rewarding"].steps if step.makes == "judgments")
+    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
     k = config.judgments.k
     return [
         k,

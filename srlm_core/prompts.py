@@ -74,7 +74,10 @@ def rouge_l(a: str, b: str) -> float:
 
 
 def unusable(text: str, config: PromptsConfig) -> str | None:
-    """Say why a prompt's form is refused (Self-Instruct's rules), or None."""
+    """Say why a prompt's form is refused, or None.
+
+    Self-Instruct's rules, and one of ours against tasks that answer themselves.
+    """
     n_words = len(text.split())
     if n_words < config.min_words:
         return "too_short"

@@ -1,7 +1,8 @@
 """Shared by all tests: a scripted campaign in milliseconds."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,18 @@ def scripted(tmp_path: Path) -> Callable[..., Path]:
         return campaign.folder
 
     return run
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """Warnings of the campaign. Not caplog: Prefect's import puts handlers of its own in the place of the root's."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(logging.WARNING)
+    logging.getLogger("srlm").addHandler(listener)
+    yield said
+    logging.getLogger("srlm").removeHandler(listener)

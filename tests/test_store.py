@@ -48,14 +48,14 @@ def test_more_passes_complete_what_is_there_and_fewer_reuse_it(tmp_path):
     assert len(calls) == 2
 
 
-def test_every_flipped_byte_is_found_and_the_part_made_again(tmp_path):
+def test_no_flipped_byte_changes_a_row_unseen_and_the_part_is_made_again(tmp_path):
     path = made(tmp_path).path
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
         stamp = store.stamp_of(path)
-        # a flip may land where it changes nothing that is read (an unused statistic, the writer's name)
-        assert stamp is None or stamp != made(tmp_path).stamp or store.read_part(path).equals(ROWS)
+        # a flip may land where it changes nothing that is read, such as the writer's name; then the rows are the same
+        assert stamp is None or store.read_part(path).equals(ROWS)
         made(tmp_path)
         assert store.read_part(path).equals(ROWS)
 

@@ -1,6 +1,5 @@
 """One Prefect server for all tests of this folder, and scripted campaigns that are run through it."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,21 +54,6 @@ def campaign() -> Callable[..., Path]:
         return opened.folder
 
     return run
-
-
-@pytest.fixture
-def told() -> Iterator[list[str]]:
-    """Warnings of the campaign. Not caplog: Prefect's import puts handlers of its own in the place of the root's."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(logging.WARNING)
-    logging.getLogger("srlm").addHandler(listener)
-    yield said
-    logging.getLogger("srlm").removeHandler(listener)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,8 @@
 """What MLflow holds of a campaign: each thing once, in its place, and the models come back."""
 
-import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,20 +77,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     root = tmp_path_factory.mktemp("recorded")
     run(root)
     return Recorded(root, f"sqlite:///{root / 'mlflow.db'}")
-
-
-@pytest.fixture
-def told() -> Iterator[list[str]]:
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(logging.WARNING)
-    logging.getLogger("srlm").addHandler(listener)
-    yield said
-    logging.getLogger("srlm").removeHandler(listener)
 
 
 def test_a_campaign_is_a_run_with_a_child_for_each_training(recorded: Recorded) -> None:
