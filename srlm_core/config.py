@@ -82,6 +82,8 @@ class SeedDataConfig(Settings):
     """Ranked groups that only measure the judge, or `seed`."""
     evaluation: str = "seed"
     """Prompts that only measure the policy (JSON lines: prompt), or `seed`."""
+    ift_kinds: tuple[str, ...] = ()
+    """Use IFT rows of these kinds only; empty = all."""
     ift_rows: int | None = Field(default=None, ge=1)
     """Use this many IFT rows, spread over the kinds; null = all."""
     eft_groups: int | None = Field(default=None, ge=1)
@@ -100,6 +102,8 @@ class PromptsConfig(Settings):
     """Demonstrations from the seed instructions (section 3.1.3)."""
     generated_demonstrations: int = Field(default=2, ge=0)
     """Demonstrations from prompts generated earlier (section 3.1.3)."""
+    demonstration_kinds: tuple[str, ...] = ()
+    """Show seed instructions of these kinds only; empty = all. A small model writes after what it sees: plain tasks."""
     form: Literal["completion", "chat"] = "completion"
     """Ask as raw text to continue, or as a user's turn. Small models need `completion`."""
     generator: Literal["policy", "base"] | str = "policy"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srlm_core.errors import DataError
+from srlm_core.errors import ConfigError, DataError
 from srlm_core.store import digest
 
 SEED = Path(__file__).parent / "seed"
@@ -118,6 +118,18 @@ def load(path: Path, check: Callable[[Mapping[str, Any]], str | None]) -> Loaded
 def load_named(name: str, seed_file: str, check: Callable[[Mapping[str, Any]], str | None]) -> Loaded:
     """Read a user's file, or the seed corpus' own where the name is `seed`."""
     return load(SEED / seed_file if name == "seed" else Path(name).expanduser(), check)
+
+
+def of_kinds(rows: Sequence[dict[str, Any]], kinds: Sequence[str], setting: str) -> list[dict[str, Any]]:
+    """Take the rows of these kinds, or all for none named; raises ConfigError for a kind that no row has."""
+    known = {row.get("kind", "") for row in rows}
+    if unknown := [kind for kind in kinds if kind not in known]:
+        there = ", ".join(sorted(known - {""})) or "none"
+        raise ConfigError(
+            f"{setting}: expected kinds that the instructions taken have ({there}), "
+            f"got {', '.join(map(repr, unknown))}. Name others, or leave it empty for all rows."
+        )
+    return [row for row in rows if not kinds or row.get("kind", "") in kinds]
 
 
 def spread(rows: Sequence[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:

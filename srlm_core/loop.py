@@ -132,6 +132,7 @@ class SeedData(NamedTuple):
     """What the campaign starts from, and what only measures."""
 
     ift: list[dict[str, Any]]
+    demonstrations: list[str]
     eft: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
@@ -161,8 +162,11 @@ def load_seed(config: RunConfig) -> SeedData:
     if config.prompts.file:
         loaded["prompts"] = data.load(Path(config.prompts.file).expanduser(), data.check_prompt)
         own = list(dict.fromkeys(row["prompt"].strip() for row in loaded["prompts"].rows))
+    ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
+    shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
     return SeedData(
-        ift=data.spread(loaded["ift"].rows, seed.ift_rows),
+        ift=ift,
+        demonstrations=[row["instruction"] for row in shown],
         eft=data.spread(loaded["eft"].rows, seed.eft_groups),
         heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
         evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
@@ -304,7 +308,7 @@ def _kept_before(run: Run, t: int) -> prompts.Kept:
     """Start the similarity filter with the seeds, what measures, and the prompts of earlier iterations."""
     seed = run.seed_data
     ift = [row["instruction"] for row in seed.ift]
-    kept = prompts.Kept.start(ift, seed.measuring, run.config.prompts.max_similarity)
+    kept = prompts.Kept.start(ift, seed.measuring, run.config.prompts.max_similarity, shown=seed.demonstrations)
     for earlier in range(1, t):
         for row in store.iter_rows(run.campaign.iteration(earlier) / "prompts"):
             kept.add(schemas.prompt_text(row["messages"]), generated=row["source"] == "self_instruct")

@@ -149,14 +149,20 @@ class Kept(NamedTuple):
     """What a new prompt must differ from, and where its demonstrations come from."""
 
     seeds: tuple[str, ...]
+    """Seed instructions that may be shown."""
     generated: list[str]
     similarity: Similarity
 
     @classmethod
-    def start(cls, seeds: Iterable[str], measuring: Iterable[str], threshold: float) -> "Kept":
-        """Begin with the seed instructions, and the prompts that measure and must never be trained on."""
-        kept = cls(tuple(seeds), [], Similarity(threshold))
-        for text in kept.seeds:
+    def start(
+        cls, seeds: Sequence[str], measuring: Iterable[str], threshold: float, *, shown: Sequence[str] | None = None
+    ) -> "Kept":
+        """Begin with the seed instructions, and the prompts that measure and must never be trained on.
+
+        `shown` are the seeds that may be demonstrations; None for all.
+        """
+        kept = cls(tuple(seeds if shown is None else shown), [], Similarity(threshold))
+        for text in seeds:
             kept.similarity.add(text, "similar_to_seed")
         for text in measuring:
             kept.similarity.add(text, "similar_to_evaluation")

@@ -25,8 +25,8 @@ NEUTRAL = (
 STAGES: dict[str, tuple[str, ...]] = {
     "base model": ("model.path", "method", "seed", *ENGINE),
     "bootstrap": (
-        "seed_data.ift", "seed_data.eft", "seed_data.ift_rows", "seed_data.eft_groups", "seed_data.eft_form",
-        "training.sft",
+        "seed_data.ift", "seed_data.eft", "seed_data.ift_kinds", "seed_data.ift_rows", "seed_data.eft_groups",
+        "seed_data.eft_form", "training.sft",
     ),
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
     "responses": ("responses",),

@@ -12,7 +12,7 @@ from srlm_core import schemas
 from srlm_core.engines.protocol import Message
 from srlm_core.store import digest
 
-VERSION = 1
+VERSION = 2
 
 
 def _turn(role: str, text: str) -> Message:

@@ -1,7 +1,7 @@
 import pytest
 
 from srlm_core import data
-from srlm_core.errors import DataError
+from srlm_core.errors import ConfigError, DataError
 
 
 def test_malformed_lines_are_set_aside_with_their_number_and_the_rest_goes_on(tmp_path):
@@ -45,3 +45,11 @@ def test_spreading_takes_kinds_evenly_and_keeps_the_order():
     rows = [{"kind": kind, "n": n} for n, kind in enumerate("aaaabbc")]
     assert [row["n"] for row in data.spread(rows, 4)] == [0, 1, 4, 6]
     assert data.spread(rows, None) == rows
+
+
+def test_kinds_are_taken_by_name_and_an_unknown_one_is_an_error_that_names_them():
+    rows = [{"kind": kind} for kind in ("code", "poem", "code")]
+    assert data.of_kinds(rows, ["code"], "seed_data.ift_kinds") == [{"kind": "code"}] * 2
+    assert data.of_kinds(rows, [], "seed_data.ift_kinds") == rows
+    with pytest.raises(ConfigError, match=r"seed_data.ift_kinds: expected kinds .*code, poem.*got 'poems'"):
+        data.of_kinds(rows, ["poems"], "seed_data.ift_kinds")

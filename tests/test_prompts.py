@@ -144,3 +144,14 @@ def test_users_prompts_are_taken_in_order_through_the_same_filter():
     )
     assert [row["messages"][0]["content"] for row in rows.to_pylist()] == ["My own first question?"]
     assert [row["reason"] for row in drops.to_pylist()] == ["similar_to_kept", "similar_to_seed"]
+
+
+def test_only_the_seeds_to_be_shown_are_shown_and_all_are_kept_apart_from():
+    shown = SEEDS[:8]
+    kept = prompts.Kept.start(SEEDS, [], 0.7, shown=shown)
+    writer = Writer([f" {SEEDS[15]}"])
+    config = PromptsConfig(seed_demonstrations=8, generated_demonstrations=0)
+    _, drops = prompts.write(writer, kept, config, wanted=1, iteration=1, shard=0, generator="M1", seed=3)
+    for request in writer.asked:
+        assert all(f". {text}\n" in request.prefix for text in shown)
+    assert [row["reason"] for row in drops.to_pylist()] == ["similar_to_seed"]

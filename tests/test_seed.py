@@ -29,10 +29,19 @@ def test_the_corpus_has_its_sizes():
 
 
 @pytest.mark.parametrize(
-    "rows", [INSTRUCTIONS, RANKED, HELDOUT, EVALUATION], ids=["instructions", "ranked", "heldout", "evaluation"]
+    ("rows", "kinds"),
+    [(INSTRUCTIONS, KINDS | {"everyday"}), (RANKED, KINDS), (HELDOUT, KINDS), (EVALUATION, KINDS)],
+    ids=["instructions", "ranked", "heldout", "evaluation"],
 )
-def test_every_kind_is_there(rows):
-    assert set(Counter(row["kind"] for row in rows)) == KINDS
+def test_every_kind_is_there(rows, kinds):
+    assert set(Counter(row["kind"] for row in rows)) == kinds
+
+
+def test_everyday_answers_fit_the_demo():
+    """A newcomer's model learns to finish within the 96 tokens that the demo samples: about 60 words."""
+    everyday = [row for row in INSTRUCTIONS if row["kind"] == "everyday"]
+    assert len(everyday) == 60
+    assert max(len(row["response"].split()) for row in everyday) <= 60
 
 
 def test_no_two_prompts_are_near_duplicates():

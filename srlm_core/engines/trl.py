@@ -52,6 +52,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from srlm_core.engines.shared_prefix import share_prefixes
+
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
 trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
 # Names a cache that we do not use, at the price of reading every weight
@@ -159,10 +161,13 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
 
 
 class StepSampler(torch.utils.data.Sampler[int]):
-    """Random steps of `batch_size` rows; within a step rows of like length are neighbours, to share micro batches.
+    """Random steps of `batch_size` rows of like length: out of each `POOL` steps' worth of random rows, sorted.
 
-    Which rows make a step depends on seed and epoch alone, so neither the micro batch nor a resumption changes it.
+    Like rows pad little and share long beginnings, and a judgment's few tokens do not drown among an answer's hundreds.
+    Which rows make a step depends on seed, epoch and lengths alone: neither micro batch nor resumption changes it.
     """
+
+    POOL = 16
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -176,8 +181,17 @@ class StepSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=lambda i: (-self.lengths[i], i))
+        whole = len(order) - len(order) % self.batch_size
+        pools = [self._by_length(order[start : start + self.POOL * self.batch_size][: whole - start])
+                 for start in range(0, whole, self.POOL * self.batch_size)]  # fmt: skip
+        steps = [pool[start : start + self.batch_size] for pool in pools
+                 for start in range(0, len(pool), self.batch_size)]  # fmt: skip
+        for step in torch.randperm(len(steps), generator=generator).tolist():
+            yield from steps[step]
+        yield from self._by_length(order[whole:])  # a step that is not full comes last, as the trainer counts
+
+    def _by_length(self, rows: list[int]) -> list[int]:
+        return sorted(rows, key=lambda row: (-self.lengths[row], row))
 
 
 class _Ours:
@@ -559,6 +573,8 @@ def make_trainer(
         )  # fmt: skip
     else:
         trainer = _Sft(args=SFTConfig(**words), **given)
+    if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
+        share_prefixes(trainer.accelerator.unwrap_model(trainer.model))  # on a GPU a few large passes beat many small
     trainer.sampler = StepSampler([row.n_tokens for row in rows], job.settings.batch_size, job.seed)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

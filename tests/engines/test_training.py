@@ -293,6 +293,15 @@ def test_a_step_depends_on_seed_and_epoch_alone(child: Any) -> None:
     assert list(sampler) != first
 
 
+def test_a_step_holds_rows_of_like_length(child: Any) -> None:
+    lengths = [10] * 32 + [300] * 32 + [20]
+    steps = list(child.StepSampler(lengths, 8, seed=1))
+    assert sorted(steps) == list(range(65))
+    whole = [[lengths[i] for i in steps[start : start + 8]] for start in range(0, 64, 8)]
+    assert sum(len(set(step)) > 1 for step in whole) <= 1, whole
+    assert len({step[0] for step in whole[:5]}) > 1, "short and long steps take turns at random"
+
+
 def test_the_rate_follows_a_cosine_after_its_warmup(child: Any, tiny: Path, tmp_path: Path) -> None:
     job = _job(tmp_path, "sft", tiny, _rows("sft", 8), epochs=10, warmup=0.25)
     result, _ = _run(child, job)
