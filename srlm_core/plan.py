@@ -9,7 +9,8 @@ ASSUMED_YIELD = 0.6
 ASSUMED_FILL = 0.5
 """Share of max_tokens that a completion uses."""
 ASSUMED_PROMPT_TOKENS = 60
-RUBRIC_TOKENS = 260
+RUBRIC_TOKENS = 200
+"""Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
 
 
 class Line(NamedTuple):
@@ -57,10 +58,9 @@ def plan(
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
     generated = its * (asked * config.prompts.sampling.max_tokens * ASSUMED_FILL + target * n * (answer + k * written))
-    read = its * (
-        asked * 300 + target * ASSUMED_PROMPT_TOKENS + target * n * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + answer)
-    )
-    evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (RUBRIC_TOKENS + 80 + written))
+    # a prompt is read once to be answered and once to be judged, a response once to be judged
+    read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
+    evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
     lines += [
         Line("tokens generated", generated, "tokens", f"completions at {ASSUMED_FILL:.0%} of max_tokens"),
         Line("tokens read", read, "tokens", "prompts and rubrics, each prefix once"),

@@ -256,9 +256,8 @@ def run_to_the_end(root):
 
 
 def kill_and_resume(tmp_path, moments, whole_group):
-    calm = parquet(run_to_the_end(tmp_path / "calm"))
     started = time.monotonic()
-    run_to_the_end(tmp_path / "timing")
+    calm = parquet(run_to_the_end(tmp_path / "calm"))
     length = time.monotonic() - started
     for number, moment in enumerate(moments):
         root = tmp_path / f"killed{number}"

@@ -1,0 +1,48 @@
+"""The plan's arithmetic, worked by hand."""
+
+import pytest
+
+from srlm_core.config import RunConfig
+from srlm_core.plan import Hardware, plan
+
+CONFIG = RunConfig.model_validate(
+    {
+        "method": "self_rewarding",
+        "iterations": 1,
+        "prompts": {"target": 60, "sampling": {"max_tokens": 100}},
+        "responses": {"n": 4, "sampling": {"max_tokens": 200}},
+        "judgments": {"k": 3, "sampling": {"max_tokens": 100}},
+        "evaluation": {"models": "none"},
+    }
+)
+ROWS = {"ift": 10, "eft": 20, "evaluation": 7, "heldout": 8}
+
+
+def planned(config=CONFIG):
+    hardware = Hardware("one device", flops=2e9, training_flops=4e9, devices=1)  # 1,000 tokens/s for a million weights
+    return {line.what: line.value for line in plan(config, 1_000_000, 4_000_000, hardware, ROWS)}
+
+
+def test_requests_and_tokens_by_hand():
+    lines = planned()
+    assert lines["new prompts"] == 60
+    assert lines["requests for prompts"] == 100  # 60 / 0.6
+    assert lines["responses"] == 240
+    assert lines["judgments"] == 720
+    assert lines["tokens generated"] == 100 * 50 + 240 * (100 + 3 * 50)
+    assert lines["tokens read"] == 100 * 300 + 60 * (2 * 60 + 4 * 100)
+    assert lines["tokens of evaluation"] == 0
+    assert lines["tokens trained on"] == (2 * 10 * 120 + 20 * 320) + 60 * 0.6 * 2 * 160
+
+
+def test_hours_and_disk_by_hand():
+    lines = planned()
+    assert lines["hours of sampling"] == pytest.approx((65_000 + 61_200) / 1000 / 3600)
+    assert lines["hours of training"] == pytest.approx((8_800 * 6 + 11_520 * 8) * 1e6 / 4e9 / 3600)
+    assert lines["disk"] == pytest.approx((3 * 4e6 + 2 * 12e6) / 1024**3)  # baseline, M1, M2; two checkpoints
+
+
+def test_evaluation_counts_every_model():
+    evaluated = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"models": "all"})})
+    # M0, baseline, M1, M2: answers to 7 prompts, 8 held-out responses judged with a justification
+    assert planned(evaluated)["tokens of evaluation"] == 4 * (7 * 100 + 8 * (80 + 50))
