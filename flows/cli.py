@@ -173,18 +173,23 @@ def evaluate(
 def _spell(results: dict[str, Any], indent: str = "") -> str:
     lines: list[str] = []
     for key, value in results.items():
-        if isinstance(value, dict) and set(value) == {"value", "stderr", "n"}:
-            told = (
-                "not measured"
-                if value["value"] is None
-                else f"{value['value']:.3f} ± {value['stderr']:.3f} (n = {value['n']})"
-            )
-            lines.append(f"{indent}{key}: {told}")
-        elif isinstance(value, dict):
-            lines += [f"{indent}{key}:", _spell(value, indent + "  ")]
+        if isinstance(value, dict) and set(value) != {"value", "stderr", "n"}:
+            lines += [
+                f"{indent}{key}:" + ("" if value else " none"),
+                *([_spell(value, indent + "  ")] if value else []),
+            ]
         else:
-            lines.append(f"{indent}{key}: {value}")
+            lines.append(f"{indent}{key}: {_figure(value)}")
     return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        error = "" if value["stderr"] is None else f" ± {value['stderr']:.3f}"
+        return "not measured" if value["value"] is None else f"{value['value']:.3f}{error} (n = {value['n']})"
+    if value is None:
+        return "not measured"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 @app.command()
@@ -234,7 +239,7 @@ def doctor(root: Root = RUNS, as_json: AsJson = False) -> None:
 
 @app.command()
 def chat(model: Annotated[str, typer.Argument(help="A checkpoint folder, such as runs/demo/models/M3.")]) -> None:
-    """Talk to a model. An empty line ends."""
+    """Talk to a model. An empty line or the end of input ends."""
     from flows.looking import talk
 
     talk(model)

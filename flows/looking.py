@@ -115,20 +115,15 @@ def talk(model: str) -> None:
     from srlm_core.engines.models import resolve_model
     from srlm_core.engines.protocol import Message, Request, Sampling
 
-    path = (
-        Path(model)
-        if (Path(model) / "scripted.json").exists()
-        else resolve_model(model, None, Path("runs/.cache/models"))
-    )
-    config = EngineConfig(kind="scripted" if (path / "scripted.json").exists() else "transformers", context=2048)
-    engine = (
-        scripted.ScriptedEngine(config, path)
-        if config.kind == "scripted"
-        else open_engine(config, path, log=Path("runs/chat.log"))
-    )
+    path = Path(model)
+    if (path / "scripted.json").exists():
+        engine = scripted.ScriptedEngine(EngineConfig(kind="scripted", context=2048), path)
+    else:
+        path = resolve_model(model, None, Path("runs/.cache/models"))
+        engine = open_engine(EngineConfig(kind="transformers", context=2048), path, log=Path("runs/chat.log"))
     said: list[Message] = []
     with engine:
-        while line := input("you: ").strip():
+        while line := _asked():
             said.append({"role": "user", "content": line})
             request = Request("chat", messages=tuple(said), sampling=Sampling(max_tokens=400), seed=len(said))
             answer = next(iter(engine.generate([request])))
@@ -138,3 +133,10 @@ def talk(model: str) -> None:
                 continue
             said.append({"role": "assistant", "content": answer.text})
             sys.stdout.write(f"{path.name}: {answer.text}\n")
+
+
+def _asked() -> str:
+    try:
+        return input("you: ").strip()
+    except EOFError:
+        return ""

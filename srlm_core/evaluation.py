@@ -192,7 +192,7 @@ def judge_health(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> di
         "unreadable": dict(sorted(reasons.items())),
         "score": rate(list(means.values()))._asdict(),
         "histogram": {str(point): histogram.get(point, 0) for point in range(6)},
-        "entropy_bits": -sum(share * math.log2(share) for share in shares) if read else None,
+        "entropy_bits": sum(share * math.log2(1 / share) for share in shares) if read else None,
         "spread_over_passes": math.fsum(spreads) / len(spreads) if spreads else None,
         "score_length_correlation": _length_pull(means, lengths or {}),
     }

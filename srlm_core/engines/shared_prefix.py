@@ -40,11 +40,12 @@ def share_prefixes(model: Any) -> bool:
         for rows in _with_singles_together(groups):
             width = int(lengths[rows].max())
             ids, mask = input_ids[rows, :width], attention_mask[rows, :width]
-            states = _grouped(decoder, plain, ids, mask, int(lengths[rows].min()), others)
+            group = _grouped(decoder, plain, ids, mask, int(lengths[rows].min()), others)
             padding = (0, 0, 0, input_ids.shape[1] - width)
-            for row, state in zip(rows, torch.nn.functional.pad(states, padding), strict=True):
+            for row, state in zip(rows, torch.nn.functional.pad(group, padding), strict=True):
                 hidden[row] = state
-        return BaseModelOutputWithPast(last_hidden_state=torch.stack(hidden))
+        states: Any = torch.stack(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=states)
 
     decoder.forward = forward
     return True

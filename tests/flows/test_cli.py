@@ -1,0 +1,97 @@
+"""The commands that look at what a campaign left, as a user types them."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from srlm_core.errors import SrlmError
+
+
+def srlm(*words: object, typed: str | None = None) -> str:
+    """Run a command that succeeds; returns what it printed."""
+    done = CliRunner().invoke(app, [str(word) for word in words], input=typed, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+SMALL = ("prompts.target=8", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4", "iterations=1",
+         "evaluation.prompts=4", "evaluation.heldout_groups=6", "evaluation.text_judgments=8")  # fmt: skip
+
+
+def run(root: Path, name: str, *settings: str) -> Path:
+    """Run a scripted campaign in a second or two."""
+    overrides = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    srlm("run", "smoke", "--root", root, "--name", name, "--no-prefect", "--no-mlflow", *overrides)
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs"), "c")
+
+
+def test_report_and_compare_print_the_table_of_models(campaign: Path) -> None:
+    printed = json.loads(srlm("report", "c", "--root", campaign.parent, "--json"))
+    assert Path(printed["report"]).read_text().startswith("<!doctype html>")
+    assert [row["model"] for row in printed["models"]] == ["M0", "sft_baseline", "M1", "M2"]
+    run(campaign.parent, "wider", "pairs.min_margin=1")
+    assert "judge accuracy" in srlm("compare", "c", "wider", "--root", campaign.parent)
+    rows = json.loads(srlm("compare", "c", "wider", "--root", campaign.parent, "--json"))
+    assert [row["campaign"] for row in rows] == ["c"] * 4 + ["wider"] * 4
+
+
+def test_show_tells_one_prompts_way(campaign: Path) -> None:
+    pair = pq.read_table(campaign / "iter_01" / "pairs" / "part-00000.parquet").to_pylist()[0]
+    told = " ".join(srlm("show", "c", pair["prompt_id"], "--root", campaign.parent).split())
+    assert " ".join(pair["chosen"].split())[:60] in told
+    assert " ".join(pair["rejected"].split())[:60] in told
+
+
+def test_a_campaign_that_is_not_there_is_an_error_that_names_what_is(campaign: Path) -> None:
+    done = CliRunner().invoke(app, ["report", "cc", "--root", str(campaign.parent)])
+    assert isinstance(done.exception, SrlmError)
+    assert "There are: c" in str(done.exception)
+
+
+def test_evaluate_measures_a_model_with_errors_and_counts(campaign: Path) -> None:
+    asked = ("evaluate", campaign / "models" / "M2", "--size", "smoke", "--root", campaign.parent,
+             "--set", "evaluation.heldout_groups=6", "--set", "evaluation.prompts=4")  # fmt: skip
+    told = srlm(*asked)
+    found = json.loads(srlm(*asked, "--json"))["judge"]["pairwise_accuracy"]
+    assert 0 < found["n"] <= 36  # 6 groups of 4, 6 pairs each, less what could not be read
+    assert f"  pairwise_accuracy: {found['value']:.3f} ± {found['stderr']:.3f} (n = {found['n']})" in told
+
+
+def test_chat_ends_with_the_input(campaign: Path) -> None:
+    told = srlm("chat", campaign / "models" / "M1", typed="What is a fjord?\n")
+    assert told.startswith("you: M1: ")
+
+
+def test_recipes_and_plan_say_what_there_is_and_what_it_costs() -> None:
+    assert {"smoke", "demo", "small", "node", "paper"} <= set(srlm("recipes").split())
+    lines = {line["what"]: line["value"] for line in json.loads(srlm("plan", "demo", "--json"))}
+    assert lines["responses"] == 200  # 2 iterations of 25 prompts, 4 each
+    assert lines["hours of sampling"] > 0
+
+
+def test_doctor_says_what_was_chosen_and_why() -> None:
+    found = json.loads(srlm("doctor", "--json"))
+    assert {"python", "vllm", "memory"} <= {finding["what"] for finding in found}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("run", "self_rewardin"), "self_rewarding"),
+        (("run", "demo", "--set", "prompts.targett=3"), "prompts.target"),
+        (("plan", "demo", "--set", "prompts.target=many"), "prompts.target"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_near_one(asked: tuple[str, ...], told: str) -> None:
+    done = CliRunner().invoke(app, list(asked))
+    assert isinstance(done.exception, SrlmError)
+    assert told in str(done.exception)
