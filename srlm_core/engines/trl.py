@@ -181,14 +181,13 @@ class StepSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        whole = len(order) - len(order) % self.batch_size
-        pools = [self._by_length(order[start : start + self.POOL * self.batch_size][: whole - start])
-                 for start in range(0, whole, self.POOL * self.batch_size)]  # fmt: skip
-        steps = [pool[start : start + self.batch_size] for pool in pools
-                 for start in range(0, len(pool), self.batch_size)]  # fmt: skip
+        rest = len(order) % self.batch_size
+        whole, pool = order[: len(order) - rest], self.POOL * self.batch_size
+        pooled = [row for start in range(0, len(whole), pool) for row in self._by_length(whole[start : start + pool])]
+        steps = [pooled[start : start + self.batch_size] for start in range(0, len(pooled), self.batch_size)]
         for step in torch.randperm(len(steps), generator=generator).tolist():
             yield from steps[step]
-        yield from self._by_length(order[whole:])  # a step that is not full comes last, as the trainer counts
+        yield from self._by_length(order[len(whole) :])  # a step that is not full comes last, as the trainer counts
 
     def _by_length(self, rows: list[int]) -> list[int]:
         return sorted(rows, key=lambda row: (-self.lengths[row], row))
