@@ -70,7 +70,7 @@ def examine(root: Path) -> list[Finding]:
     broken = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
     kind = resolve_kind(EngineConfig())
     modern, clash = sys.version_info >= (3, 11), bool(broken) and not _cuda()
-    roomy, spacious = memory.available > 6e9, disk.free > 5e9
+    roomy, spacious = memory.available > 6e9, disk.free > 6.5e9
     mend = f"pip uninstall {' '.join(broken)}: beside a CPU torch they break vllm" if clash else ""
     memory_left = f"{memory.available / 2**30:.0f} GiB free of {memory.total / 2**30:.0f}"
     disk_left = f"{disk.free / 2**30:.0f} GiB free"
@@ -81,7 +81,7 @@ def examine(root: Path) -> list[Finding]:
         Finding("torchvision", not clash, True, ", ".join(broken) or "absent, as it should be", mend),
         Finding("engine", True, True, f"{kind}, {resolve_dtype(EngineConfig(kind=kind))}: {why_kind()}"),
         Finding("memory", roomy, True, memory_left, "" if roomy else "the demo needs 6 GiB"),
-        Finding("disk", spacious, True, disk_left, "" if spacious else "the demo needs 5 GiB"),
+        Finding("disk", spacious, True, disk_left, "" if spacious else "the demo needs 6 GiB"),
         Finding("cores", (os.cpu_count() or 1) >= 2, False, str(os.cpu_count())),
     ]
 
