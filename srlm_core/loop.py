@@ -206,8 +206,8 @@ def bootstrap(run: Run) -> None:
         stamp = store.stamp_of(folder / f"{name}.parquet")
         if stamp is None or stamp.fingerprint != made_from:
             store.write_part(folder / f"{name}.parquet", rows, made_from)
-    _train(run, BASELINE, "sft", ift, config.training.sft, base, None, folder)
-    _train(run, "M1", "sft", pa.concat_tables([ift, eft]), config.training.sft, base, None, folder)
+    _train(run, Lesson(BASELINE, "sft", ift, config.training.sft, base, None, folder))
+    _train(run, Lesson("M1", "sft", pa.concat_tables([ift, eft]), config.training.sft, base, None, folder))
 
 
 def _asked_in_eft(config: RunConfig, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
@@ -232,7 +232,8 @@ def iterate(run: Run, t: int) -> None:
     reference = _anchor(run, run.config.training.dpo.reference, policy)
     init = _anchor(run, run.config.training.dpo.init_from, policy)
     folder = run.campaign.iteration(t)
-    _train(run, f"M{t + 1}", "dpo", training.preferences(pairs), run.config.training.dpo, init, reference, folder)
+    rows, how = training.preferences(pairs), run.config.training.dpo
+    _train(run, Lesson(f"M{t + 1}", "dpo", rows, how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -417,7 +418,7 @@ MARKER = "complete.json"
 """Written last into a model's folder: where it is, the model is whole."""
 
 
-class _Lesson(NamedTuple):
+class Lesson(NamedTuple):
     """One training run of the campaign: which model comes of what."""
 
     name: str
@@ -447,13 +448,12 @@ class _Lesson(NamedTuple):
         )  # fmt: skip
 
 
-def _train(run: Run, *lesson: Any) -> Model:
+def _train(run: Run, lesson: Lesson) -> Model:
     """Train one model, as a piece of work that the executor shows."""
-    asked = _Lesson(*lesson)
-    return run.executor.run(Work("training", f"training {asked.name}", partial(_find_or_train, run, asked)))
+    return run.executor.run(Work("training", f"training {lesson.name}", partial(_find_or_train, run, lesson)))
 
 
-def _find_or_train(run: Run, lesson: _Lesson) -> Model:
+def _find_or_train(run: Run, lesson: Lesson) -> Model:
     """Train one model, go on from its last checkpoint, or find it made."""
     output, made_from = run.campaign.model(lesson.name), lesson.fingerprint(run.config)
     marker = store.read_json(output / MARKER)
@@ -476,7 +476,7 @@ def _find_or_train(run: Run, lesson: _Lesson) -> Model:
     return trained
 
 
-def _train_again(run: Run, lesson: _Lesson, made_from: str) -> TrainingResult:
+def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
     work_dir = lesson.work_dir
     stamp = store.stamp_of(work_dir / "rows.parquet")
     if stamp is None or stamp.fingerprint != made_from:
@@ -511,7 +511,7 @@ def _train_again(run: Run, lesson: _Lesson, made_from: str) -> TrainingResult:
     return result
 
 
-def _keep_training_log(result: TrainingResult, lesson: _Lesson, made_from: str) -> None:
+def _keep_training_log(result: TrainingResult, lesson: Lesson, made_from: str) -> None:
     """Keep the curve as a table, and the rows that were too long among the drops."""
     folder, name = lesson.folder, lesson.name
     t = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0

@@ -9,7 +9,7 @@ ASSUMED_YIELD = 0.6
 ASSUMED_FILL = 0.5
 """Share of max_tokens that a completion uses."""
 ASSUMED_PROMPT_TOKENS = 60
-RUBRIC_TOKENS = 200
+RUBRIC_TOKENS = 180
 """Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
 
 

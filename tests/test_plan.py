@@ -32,13 +32,13 @@ def test_requests_and_tokens_by_hand():
     assert lines["tokens generated"] == 100 * 50 + 240 * (100 + 3 * 50)
     assert lines["tokens read"] == 100 * 300 + 60 * (2 * 60 + 4 * 100)
     assert lines["tokens of evaluation"] == 0
-    assert lines["tokens trained on"] == (2 * 10 * 120 + 20 * 320) + 60 * 0.6 * 2 * 160
+    assert lines["tokens trained on"] == (2 * 10 * 120 + 20 * 300) + 60 * 0.6 * 2 * 160
 
 
 def test_hours_and_disk_by_hand():
     lines = planned()
     assert lines["hours of sampling"] == pytest.approx((65_000 + 61_200) / 1000 / 3600)
-    assert lines["hours of training"] == pytest.approx((8_800 * 6 + 11_520 * 8) * 1e6 / 4e9 / 3600)
+    assert lines["hours of training"] == pytest.approx((8_400 * 6 + 11_520 * 8) * 1e6 / 4e9 / 3600)
     assert lines["disk"] == pytest.approx((3 * 4e6 + 2 * 12e6) / 1024**3)  # baseline, M1, M2; two checkpoints
 
 

@@ -273,6 +273,30 @@ def test_a_micro_batch_changes_memory_and_not_the_result(kind: str, child: Any, 
         assert _share_apart(tmp_path / f"micro{micro}", tmp_path / "micro4") < 1e-3
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+def test_rows_that_share_a_rubric_train_as_they_would_alone(
+    lora_rank: int, child: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from srlm_core.engines import shared_prefix
+
+    found: list[int] = []
+    count = shared_prefix.common_prefix
+    monkeypatch.setattr(shared_prefix, "common_prefix", lambda *rows: found.append(count(*rows)) or found[-1])
+    rubric = " ".join(WORDS * 6)  # past the 48 tokens from which rows are taken together
+    rows = _rows("sft", 8)
+    for row in rows:
+        row["prompt"] = _said("user", f"{rubric} {row['prompt'][0]['content']}")
+    runs = {}
+    for micro in (1, 4):  # one row alone has nobody to share with
+        job = _job(tmp_path, "sft", tiny, rows, name=f"m{micro}", micro_batch_size=micro, lora_rank=lora_rank)
+        runs[micro], _ = _run(child, job)
+    assert len(found) == 2, "each step of the four together"
+    assert min(found) > 78  # six times thirteen words, and the template
+    for alone, together in zip(runs[1].log, runs[4].log, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
+
+
 def _share_apart(a: Path, b: Path, tolerance: float = 2e-5) -> float:
     """Share of the weights that differ by more than rounding."""
     ours, theirs = _weights(a), _weights(b)
