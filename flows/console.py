@@ -134,7 +134,7 @@ class Console:
                 longer = results["judge"]["longer_accuracy"]
                 self.say(
                     f"{model} as judge: {accuracy['value']:.3f} ± {accuracy['stderr']:.3f} of {accuracy['n']} "
-                    f"human-ordered pairs right (always the longer: {longer['value']:.3f})"
+                    f"ranked pairs right (always the longer: {longer['value']:.3f})"
                 )
 
     def farewell(self, rows: Sequence[dict[str, Any]], page: Path, root: Path) -> None:
@@ -148,10 +148,12 @@ class Console:
             inside = " (within the others)" if name == "engine starts" else ""
             self._terminal.print(f"  {name:<40}{seconds / 60:6.1f} min{inside}", markup=False)
         last = [row["model"] for row in rows][-1] if rows else "M1"
+        folder, database = self._campaign.folder, root / "mlflow.db"
+        tracked = (folder / "mlflow.json").is_file() and database.is_file()
         lines = [
-            f"report    {page}",
-            f"datasets  {self._campaign.folder}/iter_*/  (Parquet)",
-            f"MLflow    mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'}",
-            f"talk      srlm chat {self._campaign.folder / 'models' / last}",
+            f"report    {page}" if page.is_file() else f"report    not written: srlm report {self._campaign.name}",
+            f"datasets  {folder}/iter_*/  (Parquet)",
+            *([f"MLflow    mlflow ui --backend-store-uri sqlite:///{database}"] if tracked else []),
+            f"talk      srlm chat {folder / 'models' / last}",
         ]
         self._terminal.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -37,11 +37,11 @@ def rate(values: Sequence[float]) -> Rate:
     return Rate(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / n / n), n)
 
 
-# --- the judge against human rankings -------------------------------------------------------------------------------
+# --- the judge against held-out rankings ----------------------------------------------------------------------------
 
 
 class Ranked(NamedTuple):
-    """One response of a held-out group: its human rank (0 = best), the judge's score (null: unreadable), its length."""
+    """One response of a held-out group: its rank (0 = best), the judge's score (null: unreadable), its length."""
 
     rank: int
     score: float | None
@@ -63,9 +63,9 @@ class GroupMeasure(NamedTuple):
 
 
 def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
-    """Compare a judge's scores with the human order of one prompt's responses.
+    """Compare a judge's scores with the ranking of one prompt's responses.
 
-    Pairs in which a score is missing, or that humans rank equal, are left out. Scores 5, 4, 4 in human order:
+    Pairs in which a score is missing, or whose ranks are equal, are left out. Scores 5, 4, 4, best first:
     2 of 3 pairs correct, 1 tie, not exact, Spearman 0.866, tau-b 0.816.
     """
     pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank]
@@ -91,7 +91,7 @@ def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
 
 
 def _correlations(scored: Sequence[Ranked]) -> tuple[float | None, float | None]:
-    """Spearman and tau-b of scores with human goodness; null where one side is constant."""
+    """Spearman and tau-b of scores with the ranking; null where one side is constant."""
     goodness, scores = [-r.rank for r in scored], [r.score for r in scored]
     if len(set(goodness)) < 2 or len(set(scores)) < 2:
         return None, None
