@@ -67,9 +67,9 @@ def run_recipe(
         page = campaign.report / "index.html"  # written when the loop said that it had finished
         rows = summary.table(campaign.folder)
     if as_json:
-        sys.stdout.write(
-            json.dumps({"campaign": str(campaign.folder), "report": str(page), "models": rows}, indent=2) + "\n"
-        )
+        written = str(page) if page.is_file() else None
+        found = {"campaign": str(campaign.folder), "report": written, "models": rows}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         console.farewell(rows, page, root)
 
