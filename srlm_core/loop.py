@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -355,10 +355,11 @@ def _make_part(
         for name in inputs:
             tables[f"drops:{name}"] = store.read_part(store.drops_path(folder, name, shard.number))
         engine = lend(model).stage(step.makes) if model else _NO_ENGINE
-        filled = Shard(
-            **{**vars(shard), "engine": engine, "kept": shard.kept.copy(), "inputs": tables, "present": present}
-        )
-        return step.run(filled)
+        filled = replace(shard, engine=engine, inputs=tables, present=present)
+        if not step.in_order:
+            return step.run(filled)
+        with shard.kept.on_trial():  # what is kept is learnt from the finished file
+            return step.run(filled)
 
     made = materialize(path, made_from, make, drops=drops, passes=step.passes(run.config))
     run.tell("part", stage=step.makes, iteration=shard.iteration, shard=shard.number, path=path, reused=made.reused)

@@ -7,8 +7,9 @@ Filtering goes in request order, never in arrival order, so the same completions
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -33,18 +34,20 @@ def words(text: str) -> list[str]:
 
 
 class Similarity:
-    """ROUGE-L F of one text against many: 2 LCS / (m + n) over words, exact."""
+    """ROUGE-L F of one text against many: 2 LCS / (m + n) over words, exact.
+
+    Few are compared. To be too similar, a text must share more words with the new one than the new one's commonest:
+    so it holds one of the rarest, and an index by word finds it (the prefix filter, Chaudhuri et al., ICDE 2006).
+    """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._alphabet: dict[str, str] = {}
         self._kept: list[tuple[str, str]] = []
+        self._holders: defaultdict[str, list[int]] = defaultdict(list)
 
-    def copy(self) -> "Similarity":
-        """Return an independent copy; the alphabet is shared, it only grows."""
-        other = Similarity(self.threshold)
-        other._alphabet, other._kept = self._alphabet, list(self._kept)
-        return other
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def _encode(self, text: str) -> str:
         # one character per distinct word: the string metric then compares words at the speed of letters
@@ -52,18 +55,47 @@ class Similarity:
 
     def add(self, text: str, label: str) -> None:
         """Remember a text; `label` names it when another is too similar."""
-        self._kept.append((self._encode(text), label))
+        encoded = self._encode(text)
+        for word in set(encoded):
+            self._holders[word].append(len(self._kept))
+        self._kept.append((encoded, label))
+
+    def forget(self, size: int) -> None:
+        """Forget all texts but the first `size`."""
+        while len(self._kept) > size:
+            encoded, _ = self._kept.pop()
+            for word in set(encoded):
+                self._holders[word].pop()
 
     def nearest(self, text: str) -> str | None:
         """Return the label of the first remembered text whose similarity is above the threshold, or None."""
         new = self._encode(text)
-        for old, label in self._kept:
-            total = len(new) + len(old)
-            # F > threshold needs LCS > threshold * total / 2, and LCS cannot exceed the shorter text
-            needed = math.floor(self.threshold * total / 2 + 1e-9) + 1
+        for place in self._candidates(new):
+            old, label = self._kept[place]
+            needed = self._needed(len(new) + len(old))
             if min(len(new), len(old)) >= needed and LCSseq.similarity(new, old, score_cutoff=needed) >= needed:
                 return label
         return None
+
+    def _needed(self, total: float) -> int:
+        # F > threshold needs LCS > threshold * total / 2, and LCS cannot exceed the shorter text
+        return math.floor(self.threshold * total / 2 + 1e-9) + 1
+
+    def _candidates(self, new: str) -> list[int]:
+        """Find the places of all texts that may be too similar, in order.
+
+        The shortest of them has length n with n > threshold (m + n) / 2. All share at least what that one must, so no
+        more of the new text's words than m minus that can be missing from any of them.
+        """
+        shortest = self.threshold * len(new) / (2 - self.threshold)
+        missing = len(new) - self._needed(len(new) + shortest)
+        places: set[int] = set()
+        for word, count in sorted(Counter(new).items(), key=lambda item: len(self._holders.get(item[0], ()))):
+            if missing < 0:
+                break
+            places.update(self._holders.get(word, ()))
+            missing -= count
+        return sorted(places)
 
 
 def rouge_l(a: str, b: str) -> float:
@@ -168,9 +200,15 @@ class Kept(NamedTuple):
             kept.similarity.add(text, "similar_to_evaluation")
         return kept
 
-    def copy(self) -> "Kept":
-        """Return an independent copy: what a shard adds while it is being made may be thrown away with it."""
-        return Kept(self.seeds, list(self.generated), self.similarity.copy())
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Forget afterwards what was taken in meanwhile: a shard that is being made may be thrown away."""
+        size, generated = len(self.similarity), len(self.generated)
+        try:
+            yield
+        finally:
+            self.similarity.forget(size)
+            del self.generated[generated:]
 
     def add(self, text: str, *, generated: bool) -> None:
         """Take a prompt in."""

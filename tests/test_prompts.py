@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlm_core import prompts
@@ -43,15 +43,34 @@ def test_rouge_l_by_hand():
     assert prompts.rouge_l("", "") == 0
 
 
-@given(
-    st.lists(st.text(alphabet="ab ", min_size=1, max_size=24), min_size=1, max_size=6),
+TEXTS = st.one_of(
     st.text(alphabet="ab ", min_size=1, max_size=24),
+    st.lists(
+        st.sampled_from(["a", "the", "red", "blue", "cat", "dog", "mat", "hat", "sat", "ran"]), min_size=1, max_size=12
+    ).map(" ".join),
 )
-def test_the_bounds_of_the_filter_never_change_its_decision(kept, new):
-    similarity = prompts.Similarity(0.7)
-    for text in kept:
-        similarity.add(text, "x")
-    assert (similarity.nearest(new) is not None) == any(prompts.rouge_l(text, new) > 0.7 for text in kept)
+
+
+@settings(max_examples=400)
+@given(st.lists(TEXTS, min_size=1, max_size=12), TEXTS, st.sampled_from([0.3, 0.5, 0.6, 0.7, 0.95, 1.0]))
+def test_the_bounds_of_the_filter_never_change_its_decision(kept, new, threshold):
+    similarity = prompts.Similarity(threshold)
+    for place, text in enumerate(kept):
+        similarity.add(text, str(place))
+    alike = [place for place, text in enumerate(kept) if prompts.rouge_l(text, new) > threshold + 1e-9]
+    assert similarity.nearest(new) == (str(alike[0]) if alike else None)
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=8), st.lists(TEXTS, max_size=8), TEXTS)
+def test_what_was_on_trial_is_forgotten(before, tried, new):
+    kept = prompts.Kept.start(before, [], 0.5)
+    said = kept.similarity.nearest(new)
+    with kept.on_trial():
+        for text in tried:
+            kept.add(text, generated=True)
+    assert kept.similarity.nearest(new) == said
+    assert kept.generated == []
+    assert len(kept.similarity) == len(before)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""The loop's own cost: everything but model and trainer, on the scripted engine, sampling to pairs and report."""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from benchmarks.sides import Comparison, in_turn, say
+
+
+class Size(NamedTuple):
+    prompts: int
+    n: int
+    k: int
+    shard_rows: int
+    times: int
+    """How many times the rows the large side has."""
+
+
+SIZES = {"cpu": Size(5_000, 7, 11, 64, 10), "gpu": Size(5_000, 7, 11, 64, 10)}
+
+
+class Took(NamedTuple):
+    seconds: float
+    gib: float
+    """Most that the campaign and all processes it started held together."""
+
+
+def compare(size: Size, rounds: int) -> list[Comparison]:
+    """Run the campaign with and without the two servers, then once at several times the rows."""
+    seen: dict[str, list[Took]] = {"plain": [], "shown": [], "large": []}
+
+    def side(name: str, prompts: int, *flags: str) -> float:
+        took = campaign(size, prompts, *flags)
+        say(f"loop, {name}: {prompts} prompts in {took.seconds:.1f} s, {took.gib:.2f} GiB")
+        seen[name].append(took)
+        return took.seconds
+
+    alone = ("--no-prefect", "--no-mlflow")
+    rows = f"{size.prompts} prompts x {size.n} responses x {size.k} judgments"
+    shown = in_turn(
+        Comparison(f"loop, {rows}", "files only", "shown by Prefect, recorded by MLflow", "s", "at most", 1.0),
+        lambda r: side("plain", size.prompts, *alone), lambda r: side("shown", size.prompts), rounds,
+    )  # fmt: skip
+    side("large", size.prompts * size.times, *alone)
+    many, few = seen["large"][0], seen["plain"]
+    longer = Comparison(f"loop, {size.times} times the rows: time", "large", "small", "s", "at most", size.times * 1.1)
+    longer.ours, longer.theirs = [many.seconds] * len(few), [took.seconds for took in few]
+    larger = Comparison(f"loop, {size.times} times the rows: memory", "large", "small", "GiB", "at most", 1.1)
+    larger.ours, larger.theirs = [many.gib] * len(few), [took.gib for took in few]
+    shown.also = {"GiB with the servers": [took.gib for took in seen["shown"]]}
+    return [shown, longer, larger]
+
+
+def campaign(size: Size, prompts: int, *flags: str) -> Took:
+    """Run one iteration as a user would, in a folder of its own, and watch its processes' memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompts.txt"
+        file.write_text("".join(f"{text}\n" for text in distinct(prompts)))
+        chosen = {
+            "iterations": 1, "prompts.target": prompts, "prompts.file": f'"{file}"', "prompts.file_share": 1.0,
+            "responses.n": size.n, "judgments.k": size.k, "engine.shard_rows": size.shard_rows,
+            "evaluation.models": '"none"',
+        }  # fmt: skip
+        settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+        command = ["run", "self_rewarding", "--size", "smoke", "--root", folder, *settings, *flags]
+        began = time.perf_counter()
+        with (Path(folder) / "log").open("w") as log:
+            child = subprocess.Popen([sys.executable, "-m", "flows.cli", *command], stdout=log, stderr=log)
+            most = 0
+            while child.poll() is None:
+                most = max(most, _resident(child.pid))
+                time.sleep(0.2)
+        if child.returncode:
+            raise SystemExit((Path(folder) / "log").read_text()[-3000:])
+        return Took(round(time.perf_counter() - began, 2), round(most / 2**30, 3))
+
+
+def _resident(pid: int) -> int:
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass
+    return total
+
+
+def distinct(n: int) -> list[str]:
+    """Make prompts that differ enough to pass the similarity filter."""
+    rng = random.Random(n)
+    words = ["".join(rng.choice("bdfglmnprstv") + rng.choice("aeiou") for _ in range(3)) for _ in range(8_000)]
+    shape = "How does a {} {} with the {} near {} make its {} {}?"
+    return [shape.format(*rng.sample(words, 6)) for _ in range(n)]

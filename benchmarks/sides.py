@@ -1,0 +1,169 @@
+"""Two sides in turn, several times in one run. What is believed is the ratio within a round, not a time."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from srlm_core.engines import hardware
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "trl", "vllm", "rapidfuzz", "pyarrow", "prefect", "mlflow")
+
+
+@dataclass
+class Comparison:
+    """One line of evidence: what ours and the other side took, round by round."""
+
+    name: str
+    ours_is: str
+    theirs_is: str
+    unit: str
+    """Of both sides: `s`, `tok/s`, `rows/s`."""
+    want: str
+    """`at most` or `at least`: which way the ratio ours / theirs should go."""
+    aim: float
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    limit: float | None = None
+    """The most (for rates) or least (for times) that the hardware allows our side, where it can be computed."""
+    limit_is: str = ""
+    also: dict[str, Any] = field(default_factory=dict)
+    """Whatever else was seen in the same run."""
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.ratios)
+
+    @property
+    def reached(self) -> bool:
+        return self.ratio <= self.aim if self.want == "at most" else self.ratio >= self.aim
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """How near our side came to the limit, 1 = at it."""
+        if self.limit is None:
+            return None
+        mine = statistics.median(self.ours)
+        return self.limit / mine if self.unit == "s" else mine / self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        told = {key: value for key, value in vars(self).items() if value not in (None, "", {})}
+        spread = [round(min(self.ratios), 4), round(max(self.ratios), 4)]
+        told |= {"ratio": round(self.ratio, 4), "ratio_spread": spread, "reached": self.reached}
+        return told | ({"share_of_limit": round(self.share_of_limit, 4)} if self.share_of_limit else {})
+
+    def __str__(self) -> str:
+        mine, other = statistics.median(self.ours), statistics.median(self.theirs)
+        low, high = min(self.ratios), max(self.ratios)
+        lines = [
+            self.name,
+            f"  ours    {mine:10.4g} {self.unit}   {self.ours_is}",
+            f"  theirs  {other:10.4g} {self.unit}   {self.theirs_is}",
+            f"  ratio   {self.ratio:10.3f}     {low:.3f} to {high:.3f} over {len(self.ours)} round(s); "
+            f"{self.want} {self.aim:g}: {'reached' if self.reached else 'NOT REACHED'}",
+        ]
+        if self.share_of_limit is not None:
+            lines.append(f"  limit   {self.limit:10.4g} {self.unit}   {self.share_of_limit:.0%} of it: {self.limit_is}")
+        lines += [f"  {key}: {json.dumps(value)}" for key, value in self.also.items()]
+        return "\n".join(lines)
+
+
+Side = Callable[[int], float]
+"""Does round r's work and returns what it took, in the comparison's unit."""
+
+
+def in_turn(comparison: Comparison, ours: Side, theirs: Side, rounds: int) -> Comparison:
+    """Fill a comparison: the side that begins changes from round to round, so that a drift of the machine cancels."""
+    for r in range(rounds):
+        order = [(comparison.ours, ours), (comparison.theirs, theirs)]
+        for taken, side in order if r % 2 == 0 else reversed(order):
+            taken.append(round(side(r), 5))
+        say(f"{comparison.name}: round {r + 1}/{rounds}: {comparison.ours[-1]:.4g} and {comparison.theirs[-1]:.4g}")
+    return comparison
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Give a function that says the seconds since."""
+    began = time.perf_counter()
+    yield lambda: time.perf_counter() - began
+
+
+def say(text: str) -> None:
+    """Tell how far it is, beside what is printed as the result."""
+    os.write(2, f"{text}\n".encode())
+
+
+def arithmetic(batch: int) -> float:
+    """Measure this machine's float32 product of [batch, 576] and [576, 1536], FLOP/s: the small model's layers."""
+    import torch
+
+    left, right = torch.randn(batch, 576), torch.randn(1536, 576)
+    best = float("inf")
+    for _ in range(5):
+        with stopwatch() as seconds:
+            for _ in range(50):
+                torch.nn.functional.linear(left, right)
+            best = min(best, seconds() / 50)
+    return 2 * batch * 576 * 1536 / best
+
+
+def machine() -> dict[str, Any]:
+    """Say what this was measured on."""
+    named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout if hardware.gpus() else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in hardware.cpu_flags()]
+    return {
+        "processor": named[0] if named else platform.processor(), "cores": len(hardware.cores()),
+        "vectors": vectors, "memory_gib": round(memory, 1), "gpus": gpus.splitlines(),
+        "system": platform.platform(), "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))}, "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+
+
+def save(benchmark: str, made: list[Comparison], settings: dict[str, Any]) -> Path:
+    """Write results where they are committed, one file a benchmark and kind of machine."""
+    here = machine()
+    vectors = here["vectors"][-1] if here["vectors"] else platform.machine()
+    kind = f"{len(here['gpus'])}-gpu" if here["gpus"] else f"{here['cores']}-core-{vectors}"
+    path = RESULTS / kind / f"{benchmark}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"benchmark": benchmark, "settings": settings, "machine": here, "results": [c.as_dict() for c in made]}
+    path.write_text(json.dumps(told, indent=1) + "\n")
+    return path
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(package: str) -> str | None:
+    for name in (package, f"{package}-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()

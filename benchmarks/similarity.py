@@ -1,0 +1,98 @@
+"""The filter on new prompts, against the plain definition: each candidate compared with everything kept."""
+
+import random
+from collections import defaultdict
+from typing import NamedTuple
+
+from rapidfuzz.distance import LCSseq
+
+from benchmarks.sides import Comparison, in_turn, say, stopwatch
+from srlm_core import data, prompts
+
+THRESHOLD = 0.7
+
+
+class Size(NamedTuple):
+    candidates: int
+    compared: int
+    """Candidates that the plain side can afford; both sides run on these."""
+
+
+SIZES = {"cpu": Size(20_000, 2_000), "gpu": Size(20_000, 2_000)}
+
+
+def compare(size: Size, rounds: int) -> list[Comparison]:
+    """Filter the same candidates both ways, hold the decisions together, and filter all of them our way."""
+    decided: dict[str, list[bool]] = {}
+    walls: list[float] = []
+
+    def ours(r: int) -> float:
+        texts = candidates(size.candidates, seed=r)
+        with stopwatch() as seconds:
+            decided["ours"] = indexed(texts[: size.compared])
+            few = seconds()
+        with stopwatch() as seconds:
+            kept = sum(indexed(texts))
+            walls.append(round(seconds(), 3))
+        say(f"similarity: {kept} of {len(texts)} kept in {walls[-1]:.1f} s")
+        return few
+
+    def theirs(r: int) -> float:
+        texts = candidates(size.candidates, seed=r)[: size.compared]
+        with stopwatch() as seconds:
+            decided["theirs"] = plain(texts)
+            return seconds()
+
+    made = Comparison(
+        f"similarity filter, {size.compared} candidates", "index by word, then rapidfuzz",
+        "the definition: rapidfuzz on everything kept", "s", "at most", 1.0,
+    )  # fmt: skip
+    for r in range(rounds):
+        in_turn(made, lambda _, r=r: ours(r), lambda _, r=r: theirs(r), 1)
+        if decided["ours"] != decided["theirs"]:
+            raise SystemExit(f"similarity: the two sides decided differently in round {r}")
+    made.also = {f"seconds for {size.candidates}": walls, "same decisions": f"{size.compared} x {rounds}"}
+    return [made]
+
+
+def indexed(texts: list[str]) -> list[bool]:
+    """Say of each text whether the project's filter keeps it."""
+    similarity = prompts.Similarity(THRESHOLD)
+    kept = []
+    for text in texts:
+        kept.append(similarity.nearest(text) is None)
+        if kept[-1]:
+            similarity.add(text, "kept")
+    return kept
+
+
+def plain(texts: list[str]) -> list[bool]:
+    """Say it by the definition."""
+    kept: list[list[str]] = []
+    decisions = []
+    for new in map(prompts.words, texts):
+        shared = ((2 * LCSseq.similarity(old, new), len(old) + len(new)) for old in kept)
+        decisions.append(all(both <= THRESHOLD * total + 1e-9 for both, total in shared))
+        if decisions[-1]:
+            kept.append(new)
+    return decisions
+
+
+def candidates(n: int, seed: int) -> list[str]:
+    """Make texts like a model's new tasks: chains of word pairs of the shipped instructions, some nearly repeated."""
+    rng = random.Random(seed)
+    follows: defaultdict[str, list[str]] = defaultdict(list)
+    for row in data.load(data.SEED / "instructions.jsonl", data.check_example).rows:
+        for first, second in zip(["", *row["instruction"].split()], [*row["instruction"].split(), ""], strict=True):
+            follows[first].append(second)
+    made: list[str] = []
+    while len(made) < n:
+        if made and rng.random() < 0.2:
+            words = rng.choice(made).split()
+            words[rng.randrange(len(words))] = rng.choice(list(follows))
+        else:
+            words = [rng.choice(follows[""])]
+            while words[-1] and len(words) < 40:
+                words.append(rng.choice(follows[words[-1]]))
+        made.append(" ".join(words).strip())
+    return made
