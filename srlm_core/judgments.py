@@ -157,6 +157,7 @@ def judge(
     whether it is asked for at first or added later by a higher k.
     """
     rubric = load_rubric(config.rubric, justified=config.justified)
+    identity = rubric.identity
     asked = {
         task.target_id: Request(
             task.target_id,
@@ -178,7 +179,7 @@ def judge(
             row = {"id": task.target_id, "stage": "judgments", "reason": "judge_prompt_too_long"}
             drops.append({**row, "iteration": iteration, "detail": None})
         for made in sorted(passes[task.target_id]):
-            rows.append(_row(task, made, config.reading, rubric.identity, judge_name, iteration))
+            rows.append(_row(task, made, config.reading, identity, judge_name, iteration))
     return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
 
 

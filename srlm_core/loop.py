@@ -225,7 +225,7 @@ def iterate(run: Run, t: int) -> None:
     policy = run.model(f"M{t}")
     with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
         measuring = _submit_evaluation(run, policy, lend)
-        made = _make_datasets(run, t, policy, lend)
+        made = make_datasets(run, t, policy, lend)
         _finish_evaluation(run, policy, measuring)
     _require_rows(run, t, made)
     pairs = _pairs_to_train_on(run, t, made)
@@ -257,7 +257,7 @@ def evaluate_rest(run: Run) -> None:
 # --- the stages of an iteration -------------------------------------------------------------------------------------
 
 
-def _make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDemand]) -> dict[str, list[Made]]:
+def make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDemand]) -> dict[str, list[Made]]:
     """Send every shard through the method's steps. A shard is judged while the next ones are still being sampled."""
     method, config = METHODS[run.config.method], run.config
     roles = {

@@ -7,11 +7,13 @@ Filtering goes in request order, never in arrival order, so the same completions
 import math
 import random
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
@@ -36,15 +38,16 @@ def words(text: str) -> list[str]:
 class Similarity:
     """ROUGE-L F of one text against many: 2 LCS / (m + n) over words, exact.
 
-    Few are compared. To be too similar, a text must share more words with the new one than the new one's commonest:
-    so it holds one of the rarest, and an index by word finds it (the prefix filter, Chaudhuri et al., ICDE 2006).
+    Few are compared: a common subsequence is no longer than the words that two texts share in any order, and an index
+    by word counts those for all texts at once.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._alphabet: dict[str, str] = {}
         self._kept: list[tuple[str, str]] = []
-        self._holders: defaultdict[str, list[int]] = defaultdict(list)
+        self._lengths = array("I")
+        self._holders: defaultdict[str, array[int]] = defaultdict(lambda: array("I"))
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -59,43 +62,35 @@ class Similarity:
         for word in set(encoded):
             self._holders[word].append(len(self._kept))
         self._kept.append((encoded, label))
+        self._lengths.append(len(encoded))
 
     def forget(self, size: int) -> None:
         """Forget all texts but the first `size`."""
         while len(self._kept) > size:
             encoded, _ = self._kept.pop()
+            self._lengths.pop()
             for word in set(encoded):
                 self._holders[word].pop()
 
     def nearest(self, text: str) -> str | None:
         """Return the label of the first remembered text whose similarity is above the threshold, or None."""
         new = self._encode(text)
-        for place in self._candidates(new):
+        # F > threshold means LCS > threshold (m + n) / 2; LCS is whole, so that rounding hides below a billionth
+        needed = self.threshold * (len(new) + np.frombuffer(self._lengths, np.uint32)) / 2 + 1e-9
+        for place in np.flatnonzero(self._shared(new) > needed):
             old, label = self._kept[place]
-            needed = self._needed(len(new) + len(old))
-            if min(len(new), len(old)) >= needed and LCSseq.similarity(new, old, score_cutoff=needed) >= needed:
+            least = math.floor(needed[place]) + 1
+            if LCSseq.similarity(new, old, score_cutoff=least) >= least:
                 return label
         return None
 
-    def _needed(self, total: float) -> int:
-        # F > threshold needs LCS > threshold * total / 2, and LCS cannot exceed the shorter text
-        return math.floor(self.threshold * total / 2 + 1e-9) + 1
-
-    def _candidates(self, new: str) -> list[int]:
-        """Find the places of all texts that may be too similar, in order.
-
-        The shortest of them has length n with n > threshold (m + n) / 2. All share at least what that one must, so no
-        more of the new text's words than m minus that can be missing from any of them.
-        """
-        shortest = self.threshold * len(new) / (2 - self.threshold)
-        missing = len(new) - self._needed(len(new) + shortest)
-        places: set[int] = set()
-        for word, count in sorted(Counter(new).items(), key=lambda item: len(self._holders.get(item[0], ()))):
-            if missing < 0:
-                break
-            places.update(self._holders.get(word, ()))
-            missing -= count
-        return sorted(places)
+    def _shared(self, new: str) -> np.ndarray:
+        """Count, for each remembered text, the words of the new one that it holds: at least their LCS."""
+        shared = np.zeros(len(self._kept), np.uint32)
+        for word, count in Counter(new).items():
+            if word in self._holders:
+                shared[np.frombuffer(self._holders[word], np.uint32)] += count
+        return shared
 
 
 def rouge_l(a: str, b: str) -> float:

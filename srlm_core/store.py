@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from srlm_core.errors import StoreError
 
+_spell = msgspec.json.Encoder(order="deterministic").encode
 _FINGERPRINT, _DIGEST, _EXTRA = b"srlm.fingerprint", b"srlm.digest", b"srlm.extra"
 
 
 def canonical(value: Any) -> bytes:
-    """Return one spelling of a JSON value: sorted keys, no blanks, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Return one spelling of a JSON value: sorted keys, no blanks."""
+    return _spell(value)
 
 
 def digest(*values: Any, length: int = 16) -> str:
@@ -99,7 +101,7 @@ def rows_digest(rows: pa.Table) -> str:
     sink = hashlib.sha256(canonical(rows.schema.names))
     for batch in rows.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
-            sink.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+            sink.update(canonical(row))
     return sink.hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ BEST = 256
 class Nuclei(NamedTuple):
     """The nuclei of some rows."""
 
-    rows: torch.Tensor
+    rows: torch.Tensor | slice
     tokens: torch.Tensor
     """Shape (rows, tokens), best first."""
     probabilities: torch.Tensor
@@ -40,33 +40,37 @@ def nuclei(logits: torch.Tensor, top_p: torch.Tensor) -> Iterator[Nuclei]:
 
     `logits` is float32 of shape (rows, vocabulary), `top_p` of shape (rows,), in (0, 1]; 1 keeps all tokens.
     """
-    rows, norm = torch.arange(len(logits), device=logits.device), logits.logsumexp(-1, keepdim=True)
-    best = logits.topk(min(BEST, logits.shape[-1]), dim=-1)
-    probabilities = (best.values - norm).exp()
+    # softmax is one pass where logsumexp is four
+    best, shares = logits.topk(min(BEST, logits.shape[-1]), dim=-1), logits.softmax(-1)
+    probabilities = shares.gather(-1, best.indices)
     covered = (probabilities.sum(-1) >= top_p) | (logits.shape[-1] <= BEST)
     if bool(covered.all()):
-        yield _cut(rows, best.indices, probabilities, top_p)
+        yield Nuclei(slice(None), best.indices, _cut(probabilities, top_p))
         return
-    rest = rows[~covered]
-    in_order = logits[rest].sort(dim=-1, descending=True)
-    yield _cut(rows[covered], best.indices[covered], probabilities[covered], top_p[covered])
-    yield _cut(rest, in_order.indices, (in_order.values - norm[rest]).exp(), top_p[rest])
+    kept, rest = covered.nonzero()[:, 0], (~covered).nonzero()[:, 0]
+    in_order = shares[rest].sort(dim=-1, descending=True)
+    yield Nuclei(kept, best.indices[kept], _cut(probabilities[kept], top_p[kept]))
+    yield Nuclei(rest, in_order.indices, _cut(in_order.values, top_p[rest]))
 
 
-def _cut(rows: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor, top_p: torch.Tensor) -> Nuclei:
+def _cut(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     before = probabilities.cumsum(-1) - probabilities
     outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]
     outside[:, 0] = False
-    return Nuclei(rows, tokens, probabilities.masked_fill_(outside, 0.0))
+    return probabilities.masked_fill(outside, 0.0)
 
 
 def keep_nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Return logits that are -inf outside each row's nucleus; shapes as in `nuclei`."""
-    kept = torch.full_like(logits, -torch.inf)
-    for rows, tokens, probabilities in nuclei(logits, top_p):
-        values = logits[rows].gather(-1, tokens).masked_fill_(probabilities == 0, -torch.inf)
-        kept[rows] = kept[rows].scatter_(-1, tokens, values)
-    return kept
+    """Set the logits outside each row's nucleus to -inf, in place; shapes as in `nuclei`."""
+    found = [(nucleus, logits[nucleus.rows].gather(-1, nucleus.tokens)) for nucleus in nuclei(logits, top_p)]
+    logits.fill_(-torch.inf)
+    for (rows, tokens, probabilities), values in found:
+        values = values.masked_fill_(probabilities == 0, -torch.inf)
+        if isinstance(rows, slice):
+            logits.scatter_(-1, tokens, values)
+        else:
+            logits[rows[:, None], tokens] = values
+    return logits
 
 
 def draw(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from srlm_core.engines.shared_prefix import share_prefixes
+from srlm_core.engines.packed import pack
 
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
 trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
@@ -506,7 +506,10 @@ def look_for_models(job: TrainingJob) -> None:
 
 def load_model(path: Path, job: TrainingJob) -> Any:
     """Load a checkpoint in float32: a step of 1e-6 is below the resolution of a bfloat16 weight."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
+        pack(found)  # on a GPU many small calls of attention cost more than the padding
+    return found
 
 
 def use_bfloat16(precision: str) -> bool:
@@ -572,8 +575,6 @@ def make_trainer(
         )  # fmt: skip
     else:
         trainer = _Sft(args=SFTConfig(**words), **given)
-    if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
-        share_prefixes(trainer.accelerator.unwrap_model(trainer.model))  # on a GPU a few large passes beat many small
     trainer.sampler = StepSampler([row.n_tokens for row in rows], job.settings.batch_size, job.seed)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

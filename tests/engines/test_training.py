@@ -277,12 +277,17 @@ def test_a_micro_batch_changes_memory_and_not_the_result(kind: str, child: Any, 
 def test_rows_that_share_a_rubric_train_as_they_would_alone(
     lora_rank: int, child: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from srlm_core.engines import shared_prefix
+    from srlm_core.engines import packed
 
     found: list[int] = []
-    count = shared_prefix.common_prefix
-    monkeypatch.setattr(shared_prefix, "common_prefix", lambda *rows: found.append(count(*rows)) or found[-1])
-    rubric = " ".join(WORDS * 6)  # past the 48 tokens from which rows are taken together
+    cut = packed.tree
+
+    def counted(rows: Any) -> list[packed.Stretch]:
+        found.append(sum(map(len, rows)) - sum(len(stretch.ids) for stretch in cut(rows)))
+        return cut(rows)
+
+    monkeypatch.setattr(packed, "tree", counted)
+    rubric = " ".join(WORDS * 6)
     rows = _rows("sft", 8)
     for row in rows:
         row["prompt"] = _said("user", f"{rubric} {row['prompt'][0]['content']}")
@@ -290,8 +295,8 @@ def test_rows_that_share_a_rubric_train_as_they_would_alone(
     for micro in (1, 4):  # one row alone has nobody to share with
         job = _job(tmp_path, "sft", tiny, rows, name=f"m{micro}", micro_batch_size=micro, lora_rank=lora_rank)
         runs[micro], _ = _run(child, job)
-    assert len(found) == 2, "each step of the four together"
-    assert min(found) > 78  # six times thirteen words, and the template
+    assert found[:8] == [0] * 8
+    assert min(found[8:]) > 3 * 78, "four rows saved three times the six times thirteen words, and the template"
     for alone, together in zip(runs[1].log, runs[4].log, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
