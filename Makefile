@@ -36,5 +36,8 @@ check: $(READY)  ## style, types, architecture
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+bench: $(READY)  ## ours against the other side, in turn; results into benchmarks/results
+	$(BIN)/python -m benchmarks $(BENCH)
+
 clean:
 	rm -rf $(VENV) runs

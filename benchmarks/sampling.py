@@ -28,7 +28,7 @@ class Size(NamedTuple):
     sequences: int
 
 
-SIZES = {"cpu": Size(24, 4, 3, 96, 64, 6, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
+SIZES = {"cpu": Size(16, 4, 3, 96, 64, 4, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
@@ -48,9 +48,9 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
     seen: dict[int, list[Request]] = {}
     tokens: list[int] = []
     with (
-        Campaign(folder, "sampling") as campaign, PlainExecutor(29) as executor,
-        Recorder(backend.open(backend.base())) as engine, Bare(config.engine, model) as bare,
+        Campaign(folder, "sampling") as campaign, PlainExecutor(29) as executor, Bare(config.engine, model) as bare,
     ):  # fmt: skip
+        engine = Recorder(backend.open(backend.base()))
         run = loop.Run(config, campaign, executor, backend._replace(open=lambda _: engine))
         campaign.logs.mkdir()
         with run.engines() as lend:

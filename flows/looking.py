@@ -65,6 +65,7 @@ def examine(root: Path) -> list[Finding]:
     import psutil
 
     from srlm_core.engines import resolve_dtype, resolve_kind, why_kind
+    from srlm_core.engines.tuning import choices
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(root))
     broken = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
@@ -80,6 +81,10 @@ def examine(root: Path) -> list[Finding]:
         *(_package(name, needed) for name, needed in packages.items()),
         Finding("torchvision", not clash, True, ", ".join(broken) or "absent, as it should be", mend),
         Finding("engine", True, True, f"{kind}, {resolve_dtype(EngineConfig(kind=kind))}: {why_kind()}"),
+        *(
+            Finding(f"engine.{choice.setting}", True, False, f"{choice.value}: {choice.why}")
+            for choice in choices(EngineConfig(kind=kind))
+        ),
         Finding("memory", roomy, True, memory_left, "" if roomy else "the demo needs 6 GiB"),
         Finding("disk", spacious, True, disk_left, "" if spacious else "the demo needs 6 GiB"),
         Finding("cores", (os.cpu_count() or 1) >= 2, False, str(os.cpu_count())),

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from srlm_core import plan
 from srlm_core.config import EngineConfig, RunConfig
-from srlm_core.engines import models, open_engine, resolve_dtype, resolve_kind, scripted, training_job
+from srlm_core.engines import hardware, models, open_engine, resolve_dtype, resolve_kind, scripted, training_job
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingResult
 from srlm_core.errors import ConfigError
@@ -81,7 +82,15 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
             name, url = asked.name.split("@", 1)
             engine, path = engine.model_copy(update={"kind": "openai", "base_url": url}), Path(name)
         log = logs / f"engine_{asked.name.replace('/', '_')}.log"
-        return open_engine(engine, path, log=log, trust_remote_code=model.trust_remote_code)
+        return open_engine(
+            engine, path, log=log, trust_remote_code=model.trust_remote_code, sampling_seconds=busy(path)
+        )
+
+    def busy(path: Path) -> float | None:
+        if not path.is_dir():  # an endpoint
+            return None
+        machine = plan.of_this_machine(len(hardware.cores()), len(hardware.gpus()))
+        return plan.sampling_seconds(config, models.describe(path).parameters, machine)
 
     return Backend(base, frozen, open_model, training_job.train, partial(models.model_digest, cache=cache))
 

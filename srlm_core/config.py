@@ -34,8 +34,8 @@ class EngineConfig(Settings):
     """`auto`: bfloat16 where the hardware multiplies it natively, else float32."""
     context: int = Field(default=4096, ge=64)
     """Longest prompt plus response, tokens. Longer ones are dropped with a reason, never cut."""
-    max_sequences: int = Field(default=256, ge=1)
-    """Sequences decoded at once."""
+    max_sequences: int | None = Field(default=None, ge=1)
+    """Sequences decoded at once; null = 64 on a processor, 256 on a GPU (`srlm doctor` says why)."""
     replicas: int = Field(default=1, ge=1)
     """Engines of one model side by side on this machine, one per GPU (or tensor-parallel group)."""
     tensor_parallel: int = Field(default=1, ge=1)
@@ -43,11 +43,11 @@ class EngineConfig(Settings):
     gpu_memory: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """KV cache on CPU, GiB; null = a quarter of the free memory, at most 8."""
+    """KV cache on CPU, GiB; null = a quarter of the free memory, at most 8, over the replicas."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one replica; null = all cores divided by the replicas."""
-    compiled: bool = False
-    """Compile the model at start (vllm): slower to start, faster to run. For long jobs."""
+    compiled: bool | None = None
+    """Compile the model at start (vllm): slower to start, faster to run; null = where the job is long enough."""
     base_url: str | None = None
     """OpenAI-compatible endpoint (kind `openai`), such as http://127.0.0.1:8000/v1."""
     api_key_env: str = "OPENAI_API_KEY"

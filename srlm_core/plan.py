@@ -47,9 +47,7 @@ def plan(
     `seed_rows` counts ift, eft (responses), evaluation and heldout (responses).
     """
     its, n, k, target = config.iterations, config.responses.n, config.judgments.k, config.prompts.target
-    asked = round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
-    answer = config.responses.sampling.max_tokens * ASSUMED_FILL
-    written = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    asked, answer, written = _asked(config), _answer(config), _written(config)
     models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
     lines = [
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
@@ -57,7 +55,7 @@ def plan(
         Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
-    generated = its * (asked * config.prompts.sampling.max_tokens * ASSUMED_FILL + target * n * (answer + k * written))
+    generated = its * generated_tokens(config)
     # a prompt is read once to be answered and once to be judged, a response once to be judged
     read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
@@ -78,6 +76,30 @@ def plan(
         )
     )
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
+
+
+def generated_tokens(config: RunConfig) -> float:
+    """Return the tokens that one iteration's engine writes: prompts, responses, judgments."""
+    responses = config.prompts.target * config.responses.n
+    task = config.prompts.sampling.max_tokens * ASSUMED_FILL
+    return _asked(config) * task + responses * (_answer(config) + config.judgments.k * _written(config))
+
+
+def _asked(config: RunConfig) -> int:
+    return round(config.prompts.target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
+
+
+def _answer(config: RunConfig) -> float:
+    return config.responses.sampling.max_tokens * ASSUMED_FILL
+
+
+def _written(config: RunConfig) -> float:
+    return config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+
+
+def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:
+    """Return how long one iteration's engines are expected to write."""
+    return generated_tokens(config) * 2 * parameters / (hardware.flops * hardware.devices)
 
 
 def _costs(

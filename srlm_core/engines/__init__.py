@@ -7,6 +7,7 @@ from typing import Literal
 from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.protocol import Engine
+from srlm_core.engines.tuning import tuned
 from srlm_core.errors import ConfigError
 
 Kind = Literal["vllm", "transformers", "openai", "scripted"]
@@ -14,11 +15,18 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 log = logging.getLogger("srlm")
 
 
-def open_engine(config: EngineConfig, model: Path, *, log: Path, trust_remote_code: bool = False) -> Engine:
+def open_engine(
+    config: EngineConfig,
+    model: Path,
+    *,
+    log: Path,
+    trust_remote_code: bool = False,
+    sampling_seconds: float | None = None,
+) -> Engine:
     """Return the engine that the config asks for, not yet started: entering it starts it.
 
     `model` is a plain checkpoint folder (for an endpoint, the name it knows the model by); `log` receives what the
-    engine's process says.
+    engine's process says; `sampling_seconds` is how long it is expected to be busy (engines/tuning.py).
     """
     kind = resolve_kind(config)
     config = config.model_copy(update={"kind": kind})
@@ -30,7 +38,7 @@ def open_engine(config: EngineConfig, model: Path, *, log: Path, trust_remote_co
         from srlm_core.engines.openai import OpenAIEngine
 
         return OpenAIEngine(config, model)
-    config = config.model_copy(update={"dtype": resolve_dtype(config)})
+    config = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}), sampling_seconds)
     if config.replicas > 1:
         from srlm_core.engines.replicas import Replicas
 

@@ -132,7 +132,7 @@ class Decoder:
             start.model, dtype=getattr(torch, config.dtype), trust_remote_code=start.trust_remote_code
         )
         self.model.to(self.device).eval()
-        self.renderer, self.places = renderer, config.max_sequences
+        self.renderer, self.places = renderer, config.max_sequences or 1
         self.ends = renderer.ends
         self.new: deque[Sample] = deque()
         self.questions: deque[Assess | Compare] = deque()

@@ -125,6 +125,8 @@ class LocalEngine:
         self.config, self.model, self.log, self.trust_remote_code = config, model, log, trust_remote_code
         self.placement = placement or Placement()
         self.context = config.context
+        assert config.max_sequences, "open_engine fills it in"
+        self._room = 2 * config.max_sequences
         self._child: Child | None = None
         self._keys = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[FromChild | None]] = {}
@@ -220,7 +222,7 @@ class LocalEngine:
         feed, asked = iter(items), 0
         try:
             while True:
-                while feed is not None and asked < 2 * self.config.max_sequences:
+                while feed is not None and asked < self._room:
                     if (item := next(feed, None)) is None:
                         feed = None
                         break

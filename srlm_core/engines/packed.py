@@ -70,8 +70,9 @@ def pack(model: Any) -> bool:
     plain = decoder.forward
 
     def forward(input_ids: Any = None, attention_mask: Any = None, **others: Any) -> Any:
-        unusual = input_ids is None or attention_mask is None or others.get("past_key_values") is not None
-        if unusual or bool((attention_mask[:, 0] == 0).any()):  # padded on the left
+        if input_ids is None or attention_mask is None or others.get("past_key_values") is not None:
+            return plain(input_ids=input_ids, attention_mask=attention_mask, **others)
+        if bool((attention_mask[:, 0] == 0).any()):  # padded on the left
             return plain(input_ids=input_ids, attention_mask=attention_mask, **others)
         lengths = attention_mask.sum(1).tolist()
         rows = [ids[:length] for ids, length in zip(input_ids.tolist(), lengths, strict=True)]
@@ -83,7 +84,8 @@ def pack(model: Any) -> bool:
             states = plain(input_ids=batch.ids, attention_mask=None, **given).last_hidden_state[0]
         finally:
             decoder.config._attn_implementation = attention
-        return BaseModelOutputWithPast(last_hidden_state=torch.nn.functional.embedding(batch.places, states))
+        found: Any = torch.nn.functional.embedding(batch.places, states)
+        return BaseModelOutputWithPast(last_hidden_state=found)
 
     decoder.forward = forward
     return True

@@ -24,6 +24,7 @@ class Replicas:
     def __init__(self, config: EngineConfig, model: Path, *, log: Path, trust_remote_code: bool = False) -> None:
         one = config.model_copy(update={"replicas": 1})
         make = _engine_of(config)
+        assert config.max_sequences, "open_engine fills it in"
         self._room = 2 * config.max_sequences
         self._engines = [
             make(one, model, log=log.with_stem(f"{log.stem}_{i}"), trust_remote_code=trust_remote_code, placement=place)

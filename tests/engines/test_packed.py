@@ -85,7 +85,9 @@ def test_a_tree_holds_every_row_once_and_in_order(pieces: list[list[tuple[int, .
     for number, row in enumerate(sequences):
         path = [stretch for stretch in stretches if number in stretch.rows]
         assert [token for stretch in path for token in stretch.ids] == row
-        assert [stretch.start for stretch in path] == [0, *accumulate(len(stretch.ids) for stretch in path)][: len(path)]
+        assert [stretch.start for stretch in path] == [0, *accumulate(len(stretch.ids) for stretch in path)][
+            : len(path)
+        ]
         for depth, stretch in enumerate(path):
             assert [stretches[above] for above in stretch.above] == path[:depth]
     assert all(stretch.ids for stretch in stretches)

@@ -80,7 +80,9 @@ def test_recipes_and_plan_say_what_there_is_and_what_it_costs() -> None:
 
 def test_doctor_says_what_was_chosen_and_why() -> None:
     found = json.loads(srlm("doctor", "--json"))
-    assert {"python", "vllm", "memory"} <= {finding["what"] for finding in found}
+    assert {"python", "vllm", "memory", "engine.compiled", "engine.max_sequences"} <= {
+        finding["what"] for finding in found
+    }
 
 
 @pytest.mark.parametrize(

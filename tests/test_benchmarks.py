@@ -1,0 +1,60 @@
+"""The arithmetic of the benchmarks, and that each of them is there."""
+
+import importlib
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.loop import distinct
+from benchmarks.sides import Comparison, in_turn
+from benchmarks.similarity import candidates, indexed, plain
+from srlm_core.prompts import rouge_l
+
+
+def made(**given: object) -> Comparison:
+    words = {"name": "x", "ours_is": "a", "theirs_is": "b", "unit": "s", "want": "at most", "aim": 0.8}
+    return Comparison(**{**words, **given})  # type: ignore[arg-type]
+
+
+def test_the_ratio_is_the_median_over_the_rounds_and_not_the_ratio_of_medians() -> None:
+    found = made(ours=[1.0, 2.0, 9.0], theirs=[2.0, 8.0, 10.0])
+    assert found.ratios == [0.5, 0.25, 0.9]
+    assert found.ratio == 0.5
+    assert found.reached
+    assert found.as_dict()["ratio_spread"] == [0.25, 0.9]
+
+
+def test_a_rate_wants_to_be_high_and_a_time_low() -> None:
+    assert not made(ours=[9.0], theirs=[10.0]).reached
+    assert made(ours=[9.0], theirs=[10.0], want="at least", unit="tok/s").reached
+    assert made(ours=[8.0], theirs=[9.0], limit=2.0).share_of_limit == 0.25
+    assert made(ours=[8.0], theirs=[9.0], limit=32.0, unit="tok/s").share_of_limit == 0.25
+    assert made(ours=[8.0], theirs=[9.0]).share_of_limit is None
+
+
+def test_the_sides_run_in_turn_and_take_turns_to_begin() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> object:
+        return lambda r: order.append(f"{name}{r}") or 1.0
+
+    in_turn(made(), side("a"), side("b"), 3)  # type: ignore[arg-type]
+    assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_sizes_for_both_machines(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert set(module.SIZES) == {"cpu", "gpu"}
+    assert callable(module.compare)
+
+
+def test_the_filter_decides_as_the_definition_does_on_texts_like_a_models() -> None:
+    texts = candidates(300, seed=3)
+    assert indexed(texts) == plain(texts)
+    assert 0 < sum(indexed(texts)) < 300
+
+
+def test_the_loops_prompts_pass_the_filter() -> None:
+    texts = distinct(60)
+    assert max(rouge_l(a, b) for i, a in enumerate(texts) for b in texts[:i]) <= 0.7
