@@ -44,7 +44,9 @@ class Echo:
 @pytest.fixture
 def replicas(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "cores", lambda: (0, 1, 2))
-    engine = Replicas(EngineConfig(kind="transformers", replicas=3), Path("model"), log=tmp_path / "log.txt")
+    engine = Replicas(
+        EngineConfig(kind="transformers", replicas=3, max_sequences=16), Path("model"), log=tmp_path / "log.txt"
+    )
     engine._engines = [Echo("one"), Echo("two"), Echo("three")]
     with engine:
         yield engine
