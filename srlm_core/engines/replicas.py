@@ -1,6 +1,7 @@
-"""Several engines of one model side by side on one machine: each takes the next request when it has room."""
+"""Several engines of one model side by side on one machine: the next request goes to one that has the least to do."""
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,7 @@ class Replicas:
         self._open.close()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        return self._spread(requests, lambda engine, share: engine.generate(share))
+        return self._spread(requests, lambda engine, share: engine.generate(share), lambda request: request.n)
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:
         return self._spread(rows, lambda engine, share: engine.logprobs(share))
@@ -69,11 +70,19 @@ class Replicas:
     def token_scores(self, requests: Iterable[Request], choices: Sequence[str]) -> Iterator[TokenScores]:
         return self._spread(requests, lambda engine, share: engine.token_scores(share, choices))
 
-    def _spread(self, items: Iterable[Any], call: Callable[[Engine, Iterator[Any]], Iterator[Any]]) -> Iterator[Any]:
-        """Let every engine pull from one list, and yield what any of them answers. The first error ends all."""
+    def _spread(
+        self,
+        items: Iterable[Any],
+        call: Callable[[Engine, Iterator[Any]], Iterator[Any]],
+        size: Callable[[Any], int] = lambda item: 1,
+    ) -> Iterator[Any]:
+        """Let every engine pull from one list, and yield what any of them answers. The first error ends all.
+
+        `size` is the number of answers that an item gets.
+        """
         answers: queue.Queue[Any] = queue.Queue(self._room)
         over = threading.Event()
-        share = _Shared(items, over)
+        shared = _Shared(items, size, len(self._engines), over)
 
         def put(word: Any) -> None:
             while not over.is_set():
@@ -83,9 +92,10 @@ class Replicas:
                 except queue.Full:
                     continue
 
-        def work(engine: Engine) -> None:
+        def work(number: int, engine: Engine) -> None:
             try:
-                for answer in call(engine, iter(share)):
+                for answer in call(engine, shared.of(number)):
+                    shared.answered(number)
                     put(answer)
                     if over.is_set():
                         return
@@ -93,7 +103,7 @@ class Replicas:
             except Exception as error:  # handed to the caller's thread, which raises it
                 put(error)
 
-        threads = [threading.Thread(target=work, args=(engine,), daemon=True) for engine in self._engines]
+        threads = [threading.Thread(target=work, args=each, daemon=True) for each in enumerate(self._engines)]
         try:
             for thread in threads:
                 thread.start()
@@ -111,18 +121,36 @@ class Replicas:
 
 
 class _Shared:
-    """One iterator for several threads; ends for all when `over` is set."""
+    """One list for several engines, which look ahead: the first to come must not take what the others could begin."""
 
-    def __init__(self, items: Iterable[Any], over: threading.Event) -> None:
-        self._items, self._over, self._lock = iter(items), over, threading.Lock()
+    def __init__(self, items: Iterable[Any], size: Callable[[Any], int], engines: int, over: threading.Event) -> None:
+        self._items, self._size, self._over = iter(items), size, over
+        self._busy = [0] * engines
+        """Answers that each engine still owes."""
+        self._turn = threading.Condition()
 
-    def __iter__(self) -> Iterator[Any]:
-        while not self._over.is_set():
-            with self._lock:
-                item = next(self._items, _DONE)
-            if item is _DONE:
-                return
+    def of(self, number: int) -> Iterator[Any]:
+        """Yield items for one engine, each when no other has less to do; ends for all when `over` is set."""
+        while (item := self._next(number)) is not _DONE:
             yield item
+
+    def answered(self, number: int) -> None:
+        """Count an answer of one engine."""
+        with self._turn:
+            self._busy[number] -= 1
+            self._turn.notify_all()
+
+    def _next(self, number: int) -> Any:
+        with self._turn:
+            while not self._over.is_set() and self._busy[number] > min(self._busy):
+                self._turn.wait(0.5)
+            item = _DONE if self._over.is_set() else next(self._items, _DONE)
+            if item is _DONE:
+                self._busy[number] = sys.maxsize // 2  # it asks no more: the others need not wait for it
+            else:
+                self._busy[number] += self._size(item)
+            self._turn.notify_all()
+            return item
 
 
 def placements(config: EngineConfig) -> list[Placement]:

@@ -1,5 +1,6 @@
 """Several engines look like one."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_every_request_is_answered_once_whoever_takes_it(replicas):
     asked = [Request(str(i)) for i in range(500)]
     assert sorted(c.request_id for c in replicas.generate(asked)) == sorted(r.id for r in asked)
     assert sorted(s.request_id for s in replicas.token_scores(asked, ["1", "2"])) == sorted(r.id for r in asked)
+
+
+class Eager(Echo):
+    """An engine that takes all it can get before it answers."""
+
+    def generate(self, requests):
+        for request in list(requests):
+            for index in range(request.n):
+                yield Completion(request.id, index, self.name, 1, "stop")
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_short_list_is_divided_evenly_though_engines_look_ahead(replicas, n):
+    replicas._engines = [Eager("one"), Eager("two"), Eager("three")]
+    answered = Counter(done.text for done in replicas.generate([Request(str(i), n=n) for i in range(30)]))
+    assert answered == {"one": 10 * n, "two": 10 * n, "three": 10 * n}
 
 
 def test_the_error_of_one_replica_reaches_the_caller(replicas):
