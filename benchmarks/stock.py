@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sides import stopwatch
+from srlm_core.engines import hardware
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     from trl.trainer.sft_trainer import SFTTrainer
 
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(job["threads"])
+    torch.set_num_threads(job["threads"] or len(hardware.cores()))
     transformers.utils.logging.set_verbosity_error()
     rows = Dataset.from_parquet(job["rows"]).remove_columns("id")
     on_gpu, settings = torch.cuda.is_available(), job["settings"]
