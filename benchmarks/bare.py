@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import msgspec
 
@@ -16,8 +16,6 @@ from srlm_core.engines.local import Start
 from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.vllm import EXTRA, VllmEngine, arguments
-
-T = TypeVar("T")
 
 
 class Asked(msgspec.Struct):
@@ -82,7 +80,7 @@ class Bare:
         yield from self.ask(Asked(list(requests), choices=list(choices))).scores
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:
-        raise NotImplementedError
+        raise NotImplementedError("no stage of the benchmarks asks for it, and `capabilities` says so")
 
     def ask(self, asked: Asked) -> Answered:
         """Send a list of requests and wait for all of it."""

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.sides import Comparison, in_turn, stopwatch
-from benchmarks.workload import requests, small_model
-from srlm_core.config import EngineConfig
+from benchmarks.workload import engine, requests, small_model
 from srlm_core.engines import hardware, open_engine
 from srlm_core.engines.protocol import Engine
 
@@ -23,23 +22,25 @@ SIZES = {"cpu": Size(160, 48), "gpu": Size(4096, 256)}
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Answer the same requests with both, each side's engines idle while the other works."""
+    if len(hardware.gpus() or hardware.cores()) < 2:
+        raise SystemExit("replicas: expected two GPUs, or two cores where there is no GPU; this machine has one.")
     with tempfile.TemporaryDirectory() as logs, _open(1, Path(logs)) as one, _open(2, Path(logs)) as two:
 
-        def rate(engine: Engine, r: int, n: int = size.requests) -> float:
+        def rate(side: Engine, r: int, n: int = size.requests) -> float:
             with stopwatch() as seconds:
-                tokens = sum(done.n_tokens for done in engine.generate(requests(n, size.tokens, r)))
+                tokens = sum(done.n_tokens for done in side.generate(requests(n, size.tokens, r)))
                 return tokens / seconds()
 
         each = "GPU" if hardware.gpus() else "core"
         made = Comparison("replicas", f"two, one {each} each", f"one {each}", "tok/s", "at least", 1.8)
-        for engine in (one, two):
-            rate(engine, rounds, 8)  # the first steps after a start are slower
+        for side in (one, two):
+            rate(side, rounds, 8)  # the first steps after a start are slower
         return [in_turn(made, lambda r: rate(two, r), lambda r: rate(one, r), rounds)]
 
 
 @contextmanager
 def _open(replicas: int, logs: Path) -> Iterator[Engine]:
     threads = None if hardware.gpus() else 1
-    config = EngineConfig(context=1024, max_sequences=64, kv_cache_gib=2.0, replicas=replicas, threads=threads)
-    with open_engine(config, small_model(), log=logs / f"{replicas}.log") as engine:
-        yield engine
+    config = engine(max_sequences=64, kv_cache_gib=2.0, replicas=replicas, threads=threads)
+    with open_engine(config, small_model(), log=logs / f"{replicas}.log") as opened:
+        yield opened

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from benchmarks.bare import Asked, Bare
 from benchmarks.sides import Comparison, arithmetic, in_turn, say, stopwatch
-from benchmarks.workload import instructions, small_model
+from benchmarks.workload import engine, instructions, small_model
 from srlm_core import loop, store
 from srlm_core.backend import make_backend, resolve
 from srlm_core.config import RunConfig
@@ -40,7 +40,6 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
     config, model = _config(size, rounds, folder), small_model()
     backend = make_backend(config, cache=model.parent, logs=folder)
-    flops = arithmetic(size.sequences)
     made = Comparison(
         f"sampling and judging: {size.prompts} prompts x {size.n} responses x {size.k} judgments",
         "the loop", "one bare vllm.LLM, stage after stage", "s", "at most", 1.0,
@@ -50,18 +49,18 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
     with (
         Campaign(folder, "sampling") as campaign, PlainExecutor(29) as executor, Bare(config.engine, model) as bare,
     ):  # fmt: skip
-        engine = Recorder(backend.open(backend.base()))
-        run = loop.Run(config, campaign, executor, backend._replace(open=lambda _: engine))
+        recorder = Recorder(backend.open(backend.base()))
+        run = loop.Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
         campaign.logs.mkdir()
         with run.engines() as lend:
             lend(run.base).live()
 
             def ours(r: int) -> float:
-                engine.seen.clear()
+                recorder.seen.clear()
                 with stopwatch() as seconds:
                     loop.make_datasets(run, r + 1, run.base, lend)
                     took = seconds()
-                seen[r] = list(engine.seen)
+                seen[r] = list(recorder.seen)
                 return took
 
             def theirs(r: int) -> float:
@@ -70,12 +69,12 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
                 tokens.append(sum(stage.tokens for stage in done))
                 return sum(stage.seconds for stage in done)
 
-            for r in range(rounds):  # ours first: what it asks for is what the other side is given
-                in_turn(made, lambda _, r=r: ours(r), lambda _, r=r: theirs(r), 1)
+            in_turn(made, ours, theirs, rounds, ours_first=True)  # what it asks for, the other side is given
         say(f"tokens: {tokens}; {json.dumps(run.usage)}")
     tokens_ours = [_generated(campaign, r + 1) for r in range(rounds)]
-    made.limit = 2 * describe(model).parameters * sum(tokens) / len(tokens) / flops
-    made.limit_is = f"the products of the generated tokens alone, at {flops / 1e9:.0f} GFLOP/s"
+    if flops := arithmetic(size.sequences, config.engine.dtype):
+        made.limit = 2 * describe(model).parameters * sum(tokens) / len(tokens) / flops
+        made.limit_is = f"the products of the generated tokens alone, at {flops / 1e9:.0f} GFLOP/s"
     made.also = {"tokens generated, bare": tokens, "responses' tokens, ours": tokens_ours}
     return made
 
@@ -85,8 +84,7 @@ def _config(size: Size, rounds: int, folder: Path) -> RunConfig:
     asked = [text.replace("\n", " ") for text in dict.fromkeys(instructions())]
     file.write_text("".join(f"{text}\n" for text in asked[: size.prompts * rounds]))
     return resolve(RunConfig.model_validate({
-        "engine": {"kind": "vllm", "context": 1024, "max_sequences": size.sequences, "shard_rows": size.shard_rows,
-                   "kv_cache_gib": 4.0},
+        "engine": engine(max_sequences=size.sequences, shard_rows=size.shard_rows).model_dump(),
         "seed_data": {"ift_rows": 1},
         "prompts": {"target": size.prompts, "file": str(file), "file_share": 1.0, "max_similarity": 1.0},
         "responses": {"n": size.n, "sampling": {"max_tokens": size.response_tokens}},

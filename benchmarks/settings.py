@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 from benchmarks.bare import Asked, Bare
 from benchmarks.sides import Comparison, in_turn, stopwatch
-from benchmarks.workload import requests, small_model
+from benchmarks.workload import engine, requests, small_model
 from srlm_core.config import EngineConfig
-from srlm_core.engines import hardware, resolve_dtype
-from srlm_core.engines.tuning import tuned
+from srlm_core.engines import hardware
 
 
 class Size(NamedTuple):
@@ -22,13 +21,12 @@ SIZES = {"cpu": Size(256, 32, (16, 256)), "gpu": Size(4096, 128, (64, 1024))}
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Hold each choice against another, everything else being equal."""
-    config = EngineConfig(kind="vllm", context=1024, kv_cache_gib=4.0, compiled=False)
-    chosen = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}))
+    chosen = engine()
     others = [(f"{n} sequences", {"max_sequences": n}, 1.0) for n in size.batches]
     if not hardware.gpus() and len(hardware.cores()) > 1:
         others.append(("1 thread", {"threads": 1}, 1.5))
     others.append(("compiled", {"compiled": True}, 0.9))
-    ours_is = f"{chosen.max_sequences} sequences, {chosen.threads or 0} threads, eager"
+    ours_is = f"{chosen.max_sequences} sequences, {len(hardware.cores())} core(s), eager"
     return [
         _compare(chosen, chosen.model_copy(update=changed), ours_is, theirs_is, aim, size, rounds)
         for theirs_is, changed, aim in others

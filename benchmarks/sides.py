@@ -88,14 +88,24 @@ Side = Callable[[int], float]
 """Does round r's work and returns what it took, in the comparison's unit."""
 
 
-def in_turn(comparison: Comparison, ours: Side, theirs: Side, rounds: int) -> Comparison:
-    """Fill a comparison: the side that begins changes from round to round, so that a drift of the machine cancels."""
+def in_turn(comparison: Comparison, ours: Side, theirs: Side, rounds: int, *, ours_first: bool = False) -> Comparison:
+    """Fill a comparison. The side that begins changes from round to round, so that a drift of the machine cancels.
+
+    `ours_first`: ours always begins, where the other side is given what ours made.
+    """
     for r in range(rounds):
         order = [(comparison.ours, ours), (comparison.theirs, theirs)]
-        for taken, side in order if r % 2 == 0 else reversed(order):
+        for taken, side in order if ours_first or r % 2 == 0 else reversed(order):
             taken.append(round(side(r), 5))
         say(f"{comparison.name}: round {r + 1}/{rounds}: {comparison.ours[-1]:.4g} and {comparison.theirs[-1]:.4g}")
     return comparison
+
+
+def allowed(name: str, taken: list[float], most: float, unit: str) -> Comparison:
+    """Hold what ours took against what the project allows itself."""
+    made = Comparison(name, "taken", "allowed", unit, "at most", 1.0)
+    made.ours, made.theirs = taken, [most] * len(taken)
+    return made
 
 
 @contextmanager
@@ -110,11 +120,14 @@ def say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
 
-def arithmetic(batch: int) -> float:
-    """Measure this machine's float32 product of [batch, 576] and [576, 1536], FLOP/s: the small model's layers."""
+def arithmetic(batch: int, dtype: str) -> float | None:
+    """Measure the product of [batch, 576] and [576, 1536], the small model's layers, in FLOP/s; None on a GPU."""
+    if hardware.gpus():
+        return None
     import torch
 
-    left, right = torch.randn(batch, 576), torch.randn(1536, 576)
+    number = getattr(torch, dtype)
+    left, right = torch.randn(batch, 576, dtype=number), torch.randn(1536, 576, dtype=number)
     best = float("inf")
     for _ in range(5):
         with stopwatch() as seconds:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq
 
-from benchmarks.sides import Comparison, in_turn, say, stopwatch
+from benchmarks.sides import Comparison, allowed, in_turn, say, stopwatch
 from srlm_core import data, prompts
 
 THRESHOLD = 0.7
@@ -23,13 +23,13 @@ SIZES = {"cpu": Size(20_000, 2_000), "gpu": Size(20_000, 2_000)}
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Filter the same candidates both ways, hold the decisions together, and filter all of them our way."""
-    decided: dict[str, list[bool]] = {}
+    decided: dict[str, list[list[bool]]] = {"ours": [], "theirs": []}
     walls: list[float] = []
 
     def ours(r: int) -> float:
         texts = candidates(size.candidates, seed=r)
         with stopwatch() as seconds:
-            decided["ours"] = indexed(texts[: size.compared])
+            decided["ours"].append(indexed(texts[: size.compared]))
             few = seconds()
         with stopwatch() as seconds:
             kept = sum(indexed(texts))
@@ -40,19 +40,17 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
     def theirs(r: int) -> float:
         texts = candidates(size.candidates, seed=r)[: size.compared]
         with stopwatch() as seconds:
-            decided["theirs"] = plain(texts)
+            decided["theirs"].append(plain(texts))
             return seconds()
 
     made = Comparison(
         f"similarity filter, {size.compared} candidates", "index by word, then rapidfuzz",
         "the definition: rapidfuzz on everything kept", "s", "at most", 1.0,
     )  # fmt: skip
-    for r in range(rounds):
-        in_turn(made, lambda _, r=r: ours(r), lambda _, r=r: theirs(r), 1)
-        if decided["ours"] != decided["theirs"]:
-            raise SystemExit(f"similarity: the two sides decided differently in round {r}")
-    made.also = {f"seconds for {size.candidates}": walls, "same decisions": f"{size.compared} x {rounds}"}
-    return [made]
+    in_turn(made, ours, theirs, rounds)
+    if decided["ours"] != decided["theirs"]:
+        raise SystemExit("similarity: the two sides decided differently")
+    return [made, allowed(f"similarity filter, {size.candidates} candidates", walls, 120, "s")]
 
 
 def indexed(texts: list[str]) -> list[bool]:

@@ -32,7 +32,8 @@ def main() -> None:
         "per_device_train_batch_size": settings["micro_batch_size"],
         "gradient_accumulation_steps": settings["batch_size"] // settings["micro_batch_size"],
         "num_train_epochs": settings["epochs"], "max_length": settings["max_length"], "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "use_cpu": not on_gpu, "bf16": on_gpu, "disable_tqdm": True,
+        "save_strategy": "no", "report_to": "none", "use_cpu": not on_gpu,
+        "bf16": hardware.multiplies_bfloat16(), "disable_tqdm": True,
         "gradient_checkpointing": settings["gradient_checkpointing"],
     }  # fmt: skip
     with stopwatch() as seconds:

@@ -43,7 +43,9 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 def _compare(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path) -> Comparison:
     folder.mkdir()
     rows = folder / "rows.parquet"
-    n_rows = store.write_part(rows, lessons(kind, size), "benchmark") and store.read_part(rows).num_rows
+    laid_out = lessons(kind, size)
+    n_rows = laid_out.num_rows
+    store.write_part(rows, laid_out, "benchmark")
     losses: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
 
     def job(side: str, r: int) -> TrainingJob:

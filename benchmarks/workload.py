@@ -2,11 +2,14 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 from srlm_core import data
-from srlm_core.config import DEMO_MODEL
+from srlm_core.config import DEMO_MODEL, EngineConfig
+from srlm_core.engines import resolve_dtype
 from srlm_core.engines.models import resolve_model
 from srlm_core.engines.protocol import Request, Sampling
+from srlm_core.engines.tuning import tuned
 
 CACHE = Path(__file__).parents[1] / "runs" / ".cache" / "models"
 
@@ -14,6 +17,13 @@ CACHE = Path(__file__).parents[1] / "runs" / ".cache" / "models"
 def small_model() -> Path:
     """Find the real 135M model."""
     return resolve_model(DEMO_MODEL, None, CACHE)
+
+
+def engine(**settings: Any) -> EngineConfig:
+    """Set up a vLLM engine of which two fit side by side, on a GPU too."""
+    config = EngineConfig(kind="vllm", context=1024, kv_cache_gib=4.0, gpu_memory=0.4, compiled=False)
+    config = config.model_copy(update=settings)
+    return tuned(config.model_copy(update={"dtype": resolve_dtype(config)}))
 
 
 def instructions() -> list[str]:

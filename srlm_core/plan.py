@@ -98,7 +98,7 @@ def _written(config: RunConfig) -> float:
 
 
 def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:
-    """Return how long one iteration's engines are expected to write."""
+    """Return how long the engines of one iteration are expected to write; one that only evaluates writes less."""
     return generated_tokens(config) * 2 * parameters / (hardware.flops * hardware.devices)
 
 

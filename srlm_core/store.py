@@ -25,7 +25,7 @@ _FINGERPRINT, _DIGEST, _EXTRA = b"srlm.fingerprint", b"srlm.digest", b"srlm.extr
 
 
 def canonical(value: Any) -> bytes:
-    """Return one spelling of a JSON value: sorted keys, no blanks."""
+    """Return one spelling of a JSON value: sorted keys, no blanks, NaN as null."""
     return _spell(value)
 
 

@@ -132,7 +132,8 @@ class Decoder:
             start.model, dtype=getattr(torch, config.dtype), trust_remote_code=start.trust_remote_code
         )
         self.model.to(self.device).eval()
-        self.renderer, self.places = renderer, config.max_sequences or 1
+        assert config.max_sequences, "open_engine fills it in"
+        self.renderer, self.places = renderer, config.max_sequences
         self.ends = renderer.ends
         self.new: deque[Sample] = deque()
         self.questions: deque[Assess | Compare] = deque()

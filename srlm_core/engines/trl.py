@@ -508,7 +508,7 @@ def load_model(path: Path, job: TrainingJob) -> Any:
     """Load a checkpoint in float32: a step of 1e-6 is below the resolution of a bfloat16 weight."""
     found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
-        pack(found)  # on a GPU many small calls of attention cost more than the padding
+        pack(found)  # not on a GPU: many small calls of attention, unmeasured there
     return found
 
 

@@ -122,11 +122,12 @@ def arguments(start: Start, config: EngineConfig, context: int) -> dict[str, Any
     }  # fmt: skip
     if start.gpu:
         return shared | {"tensor_parallel_size": config.tensor_parallel, "gpu_memory_utilization": config.gpu_memory}
+    assert config.kv_cache_gib, "open_engine fills it in"
     # A prompt split by chunked prefill ends vLLM's CPU backend when its request has a seed
     whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 2048)}
     # Prompts share whole blocks only. vLLM's 128 shares 128 of a rubric's 160 tokens and none of the request behind it;
     # 32 shares nearly all: 1.6 times the judgments a second. The backend wants multiples of 32
-    blocks = {"kv_cache_memory_bytes": int((config.kv_cache_gib or 1) * _GIB), "block_size": 32}
+    blocks = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": 32}
     sampler = {"logits_processors": ["srlm_core.engines.nucleus:NucleusProcessor"]}
     return shared | whole_prompts | sampler | blocks | {"distributed_executor_backend": "uni"}
 

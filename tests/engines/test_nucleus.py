@@ -3,7 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from srlm_core.engines.nucleus import BEST, draw, keep_nucleus  # noqa: E402
+from srlm_core.engines.nucleus import BEST, NucleusProcessor, draw, keep_nucleus  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -53,3 +53,22 @@ def test_draws_follow_the_probabilities_of_the_nucleus():
 def test_the_largest_number_draws_the_last_token_of_the_nucleus():
     almost_one = torch.tensor([1 - 2**-24])
     assert draw(torch.tensor([[3.0, 2.0, 1.0, -50.0]]), torch.tensor([0.99]), almost_one).item() == 2
+
+
+def test_in_a_batch_only_the_requests_that_ask_for_a_nucleus_get_one():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(3, 1)
+    processor = NucleusProcessor(None, torch.device("cpu"), False)
+    processor._top_p = {0: 0.4, 2: 0.9}
+    kept = processor.apply(logits.clone())
+    assert kept.isfinite().tolist() == [[True, False, False, False], [True] * 4, [True, True, True, False]]
+    assert torch.equal(kept[1], logits[1])
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9])
+def test_what_is_drawn_from_the_kept_logits_follows_the_definition(p):
+    """The distribution after ours is the one after a full sort: renormalised inside the nucleus, 0 outside."""
+    logits = torch.randn(6, 4000, generator=torch.Generator().manual_seed(5)) * 4
+    for row, ours in zip(logits, keep_nucleus(logits.clone(), torch.full((6,), p)).softmax(-1), strict=True):
+        inside = torch.tensor(sorted(by_definition(row, p)))
+        wanted = torch.zeros(4000).index_put((inside,), row[inside].softmax(-1))
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
