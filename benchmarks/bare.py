@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from srlm_core.config import EngineConfig
 from srlm_core.engines.local import Start
 from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
 from srlm_core.engines.rendering import Renderer
-from srlm_core.engines.vllm import EXTRA, VllmEngine, arguments
+from srlm_core.engines.vllm import VllmEngine, arguments, drawing
 
 
 class Asked(msgspec.Struct):
@@ -121,12 +122,15 @@ def _send(answered: Answered) -> None:
 
 
 def _generate(llm: Any, renderer: Renderer, asked: Asked) -> Answered:
-    prompts = [{"prompt_token_ids": renderer.prompt(request.messages, request.prefix)} for request in asked.requests]
-    done = llm.generate(prompts, [_sampling(request, asked, renderer) for request in asked.requests], use_tqdm=False)
+    # One sample a request, as vLLM itself would divide `n`: a greedy request may not ask for more
+    each = [(request, index) for request in asked.requests for index in range(request.n)]
+    rendered = {request.id: renderer.prompt(request.messages, request.prefix) for request in asked.requests}
+    prompts = [{"prompt_token_ids": rendered[request.id]} for request, _ in each]
+    sampling = [_sampling(request, index, asked, renderer) for request, index in each]
+    samples = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
     return Answered(completions=[
-        Completion(request.id, i, sample.text, len(sample.token_ids), sample.finish_reason or "stop")
-        for request, output in zip(asked.requests, done, strict=True)
-        for i, sample in enumerate(output.outputs)
+        Completion(request.id, index, sample.text, len(sample.token_ids), sample.finish_reason or "stop")
+        for (request, index), sample in zip(each, samples, strict=True)
     ])  # fmt: skip
 
 
@@ -144,19 +148,15 @@ def _score(llm: Any, renderer: Renderer, asked: Asked) -> Answered:
     ])  # fmt: skip
 
 
-def _sampling(request: Request, asked: Asked, renderer: Renderer) -> Any:
+def _sampling(request: Request, index: int, asked: Asked, renderer: Renderer) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    drawn = request.sampling
-    top_p = 1.0 if asked.nucleus == "none" else drawn.top_p
-    ours = asked.nucleus == "ours" and top_p < 1
+    drawn = replace(request.sampling, top_p=1.0) if asked.nucleus == "none" else request.sampling
     return SamplingParams(
-        n=request.n, temperature=drawn.temperature, max_tokens=drawn.max_tokens, seed=request.seed,
-        stop=list(drawn.stop), stop_token_ids=sorted(renderer.ends), ignore_eos=not asked.ends,
-        min_tokens=0 if asked.ends else drawn.max_tokens,
-        top_p=1.0 if ours else top_p, extra_args={EXTRA: top_p} if ours else None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        max_tokens=drawn.max_tokens, stop=list(drawn.stop), stop_token_ids=sorted(renderer.ends),
+        ignore_eos=not asked.ends, min_tokens=0 if asked.ends else drawn.max_tokens,
+        output_kind=RequestOutputKind.FINAL_ONLY, **drawing(drawn, request.seed + index, asked.nucleus == "ours"),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from srlm_core.config import EngineConfig
 from srlm_core.engines.local import Answer, Chosen, Completed, Start, Weighed
-from srlm_core.engines.nucleus import draw
+from srlm_core.engines.nucleus import draw, uniform
 from srlm_core.engines.protocol import Completion, FinishReason, LogProb, TokenScores
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.serving import Assess, Compare, Continue, Task, serve
@@ -75,7 +75,6 @@ class Sample:
     def __init__(self, task: Continue, index: int) -> None:
         self.task, self.index = task, index
         self.said: list[int] = []
-        self.stream = torch.Generator().manual_seed(task.request.seed + index)
         self.tail = max(map(len, task.request.sampling.stop), default=0) + 8
         """Tokens in which a stop string that the newest one completes must lie; a token may be part of a character."""
 
@@ -223,10 +222,11 @@ class Decoder:
         greedy = logits.argmax(-1)
         if not bool(temperature.any()):
             return greedy
-        # Drawn on the processor for every row: a stream is then the same on every device
-        uniform = torch.cat([torch.rand(1, generator=row.stream) for row in rows]).to(self.device)
+        numbers = [uniform(row.task.request.seed + row.index, len(row.said)) for row in rows]
         top_p = torch.tensor([sampling.top_p for sampling in asked], device=self.device)
-        drawn = draw(logits / temperature.masked_fill(temperature == 0, 1)[:, None], top_p, uniform)
+        drawn = draw(
+            logits, temperature.masked_fill(temperature == 0, 1), top_p, torch.tensor(numbers, device=self.device)
+        )
         return torch.where(temperature == 0, greedy, drawn)
 
     def _ended(self, row: Sample, token: int) -> FinishReason | None:

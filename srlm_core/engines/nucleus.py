@@ -1,12 +1,15 @@
-"""The nucleus (top-p), exactly, without sorting the vocabulary.
+"""The nucleus (top-p), exactly, without sorting the vocabulary, and without noise for every token of it.
 
-On a processor the sort of every row costs more than the forward pass of a small model. The nucleus of most rows lies
-within their best 256 tokens; a logsumexp says whether it does, and only the other rows are sorted.
+On a processor the sort of every row costs more than the forward pass of a small model. The nucleus of nearly every row
+lies within its best 64 tokens; the sum of their probabilities says whether it does, and only the other rows are looked
+at more widely. A token is drawn from the nucleus by one number a row, which depends on the sample's seed and the
+position alone: what else is in the batch, or which engine draws, does not change it.
 
 Only an engine's child imports the module: it pays for torch at the top.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,36 +24,37 @@ else:
     except ImportError:  # the transformers engine uses the functions alone
         LogitsProcessor = object
 
-BEST = 256
-"""Tokens looked at before a row is sorted."""
+LOOKED_AT = (64, 1024)
+"""Best tokens looked at, step by step, before a row is sorted. Of the 135M model's rows at T = 0.7 and p = 0.9, 2 %
+have a larger nucleus than the first and none than the second."""
 
 
 class Nuclei(NamedTuple):
     """The nuclei of some rows."""
 
-    rows: torch.Tensor | slice
+    rows: torch.Tensor
     tokens: torch.Tensor
     """Shape (rows, tokens), best first."""
     probabilities: torch.Tensor
     """Of the same shape, under the whole distribution; 0 outside the nucleus. A row sums to at least its top_p."""
 
 
-def nuclei(logits: torch.Tensor, top_p: torch.Tensor) -> Iterator[Nuclei]:
+def nuclei(probabilities: torch.Tensor, top_p: torch.Tensor) -> Iterator[Nuclei]:
     """Find each row's smallest set of best tokens whose probability reaches top_p; the best token is always in it.
 
-    `logits` is float32 of shape (rows, vocabulary), `top_p` of shape (rows,), in (0, 1]; 1 keeps all tokens.
+    `probabilities` is of shape (rows, vocabulary), `top_p` of shape (rows,), in (0, 1]; 1 keeps all tokens.
     """
-    # softmax is one pass where logsumexp is four
-    best, shares = logits.topk(min(BEST, logits.shape[-1]), dim=-1), logits.softmax(-1)
-    probabilities = shares.gather(-1, best.indices)
-    covered = (probabilities.sum(-1) >= top_p) | (logits.shape[-1] <= BEST)
-    if bool(covered.all()):
-        yield Nuclei(slice(None), best.indices, _cut(probabilities, top_p))
-        return
-    kept, rest = covered.nonzero()[:, 0], (~covered).nonzero()[:, 0]
-    in_order = shares[rest].sort(dim=-1, descending=True)
-    yield Nuclei(kept, best.indices[kept], _cut(probabilities[kept], top_p[kept]))
-    yield Nuclei(rest, in_order.indices, _cut(in_order.values, top_p[rest]))
+    vocabulary = probabilities.shape[-1]
+    rows = torch.arange(len(probabilities), device=probabilities.device)
+    for tokens in (*LOOKED_AT, vocabulary):
+        asked = top_p[rows]
+        best = (probabilities if len(rows) == len(probabilities) else probabilities[rows]).topk(min(tokens, vocabulary))
+        covered = ((best.values.sum(-1) >= asked) & (asked < 1)) | (tokens >= vocabulary)
+        if bool(covered.any()):
+            yield Nuclei(rows[covered], best.indices[covered], _cut(best.values[covered], asked[covered]))
+        rows = rows[~covered]
+        if not len(rows):
+            return
 
 
 def _cut(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -60,56 +64,72 @@ def _cut(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return probabilities.masked_fill(outside, 0.0)
 
 
-def keep_nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Set the logits outside each row's nucleus to -inf, in place; shapes as in `nuclei`."""
-    found = [(nucleus, logits[nucleus.rows].gather(-1, nucleus.tokens)) for nucleus in nuclei(logits, top_p)]
-    logits.fill_(-torch.inf)
-    for (rows, tokens, probabilities), values in found:
-        values = values.masked_fill_(probabilities == 0, -torch.inf)
-        if isinstance(rows, slice):
-            logits.scatter_(-1, tokens, values)
-        else:
-            logits[rows[:, None], tokens] = values
-    return logits
+def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row from its nucleus, by the number in [0, 1) that the row brings; returns shape (rows,).
 
-
-def draw(logits: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row from its nucleus, by the number in [0, 1) that the row brings; returns shape (rows,)."""
+    `logits` is float32 of shape (rows, vocabulary) and used up: afterwards it holds the probabilities. The others are
+    of shape (rows,); a temperature is above 0.
+    """
+    # In place: a fresh buffer of this size costs more in page faults than the arithmetic
+    probabilities = torch.softmax(logits.div_(temperature[:, None]), -1, out=logits)
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    for rows, tokens, probabilities in nuclei(logits, top_p):
-        below = probabilities.cumsum(-1)
+    for rows, tokens, inside in nuclei(probabilities, top_p):
+        below = inside.cumsum(-1)
         # Rounding may put the mark at the very end, past the last token that has a probability
-        last = (probabilities > 0).sum(-1, keepdim=True) - 1
+        last = (inside > 0).sum(-1, keepdim=True) - 1
         chosen = torch.searchsorted(below, uniform[rows, None] * below[:, -1:], right=True).minimum(last)
         drawn[rows] = tokens.gather(-1, chosen).squeeze(-1)
     return drawn
 
 
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) by which the sample of this seed draws its token at this position."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+class Drawing(NamedTuple):
+    """What the processor remembers of a row."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    said: Sequence[int]
+    """The tokens drawn so far; vLLM appends to it."""
+
+
 class NucleusProcessor(LogitsProcessor):
-    """Gives vLLM's CPU sampler the nucleus: it runs after the temperature, in the place of vLLM's own top-p."""
+    """Draws for vLLM: of a row that asks for a nucleus it leaves the drawn token as the best one.
+
+    vLLM takes such a request for greedy, and so spends neither a sort nor noise over the vocabulary on it.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._top_p: dict[int, float] = {}
+        self._rows: dict[int, Drawing] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """Leave greedy requests alone: the best token is in every nucleus."""
-        return True
+        """Say no: what is best after it is what it drew."""
+        return False
 
     def update_state(self, batch_update: "BatchUpdate | None") -> None:
         """Follow requests through the rows of the batch."""
         from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-        process_dict_updates(
-            self._top_p, batch_update, lambda params, prompt, output: (params.extra_args or {}).get(EXTRA)
-        )
+        process_dict_updates(self._rows, batch_update, lambda params, prompt, said: _drawing(params.extra_args, said))
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits with each row's nucleus alone."""
-        if not self._top_p:
+        """Return the logits with the drawn token of each row at infinity."""
+        if not self._rows:
             return logits
-        rows = torch.tensor(sorted(self._top_p))
-        top_p = torch.tensor([self._top_p[row] for row in rows.tolist()])
-        if len(rows) == len(logits):
-            return keep_nucleus(logits, top_p)
-        logits[rows] = keep_nucleus(logits[rows], top_p)
+        rows = torch.tensor(sorted(self._rows))
+        asked = [self._rows[row] for row in rows.tolist()]
+        temperature = torch.tensor([row.temperature for row in asked])
+        top_p = torch.tensor([row.top_p for row in asked])
+        numbers = torch.tensor([uniform(row.seed, len(row.said)) for row in asked])
+        drawn = draw(logits if len(rows) == len(logits) else logits[rows], temperature, top_p, numbers)
+        logits[rows, drawn] = torch.inf
         return logits
+
+
+def _drawing(extra: Mapping[str, Any] | None, said: Sequence[int]) -> Drawing | None:
+    return Drawing(**extra[EXTRA], said=said) if extra and EXTRA in extra else None

@@ -6,13 +6,13 @@ from typing import Any
 from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.local import Answer, Chosen, Completed, LocalEngine, Start, Weighed
-from srlm_core.engines.protocol import Completion, LogProb, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Sampling, TokenScores
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.serving import Assess, Continue, Task, serve
 
 _GIB = 2**30
-EXTRA = "srlm_top_p"
-"""Where a request carries its top_p to engines/nucleus.py; its own top_p is then 1."""
+EXTRA = "srlm_draw"
+"""Where a request carries what engines/nucleus.py draws by; vLLM then takes the request for a greedy one."""
 
 
 class VllmEngine(LocalEngine):
@@ -79,14 +79,10 @@ class VllmRunner:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        asked, request = task.request.sampling, task.request
-        ours = self._nucleus and 0 < asked.top_p < 1 and asked.temperature > 0
+        asked = task.request.sampling
         return SamplingParams(
-            temperature=asked.temperature, max_tokens=asked.max_tokens,
-            stop=list(asked.stop), stop_token_ids=self._ends,
-            top_p=1.0 if ours else asked.top_p, extra_args={EXTRA: asked.top_p} if ours else None,
-            seed=request.seed + index if asked.temperature else None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            max_tokens=asked.max_tokens, stop=list(asked.stop), stop_token_ids=self._ends,
+            output_kind=RequestOutputKind.FINAL_ONLY, **drawing(asked, task.request.seed + index, self._nucleus),
         )  # fmt: skip
 
     def _answer(self, task: Task, index: int, output: Any) -> Answer:
@@ -101,6 +97,16 @@ class VllmRunner:
             return Weighed(task.key, LogProb(task.id, total, len(said), greedy))
         scores = output.outputs[0].logprobs[0]
         return Chosen(task.key, TokenScores(task.id, tuple(scores[token].logprob for token in task.tokens)))
+
+
+def drawing(asked: Sampling, seed: int, nucleus: bool) -> dict[str, Any]:
+    """Return how vLLM is to draw: where `nucleus` says so and there is one, by engines/nucleus.py."""
+    if not asked.temperature:
+        return {"temperature": 0}
+    if nucleus and asked.top_p < 1:
+        by = {"temperature": asked.temperature, "top_p": asked.top_p, "seed": seed}
+        return {"temperature": 0, "extra_args": {EXTRA: by}}
+    return {"temperature": asked.temperature, "top_p": asked.top_p, "seed": seed}
 
 
 def _one_token(**asked: Any) -> Any:
