@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import sides
+from srlm_core import store
 from srlm_core.engines import hardware
 
 BENCHMARKS = {
@@ -28,15 +29,16 @@ def main(
     rounds: Annotated[int, typer.Option(help="how often each side runs")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of text")] = False,
     keep: Annotated[bool, typer.Option(help="write the results into benchmarks/results")] = True,
+    more: Annotated[bool, typer.Option("--more", help="add these rounds to those that are kept")] = False,
 ) -> None:
     """Run each benchmark in a process of its own, so that none inherits another's memory or threads."""
     unknown = set(names or ()) - BENCHMARKS.keys()
     if unknown:
         raise typer.BadParameter(f"expected any of {', '.join(BENCHMARKS)}, got {', '.join(sorted(unknown))}")
     if names and len(names) == 1:
-        _run(names[0], rounds, as_json=as_json, keep=keep)
+        _run(names[0], rounds, as_json=as_json, keep=keep, more=more)
         return
-    flags = ["--rounds", str(rounds), *(["--json"] if as_json else []), *([] if keep else ["--no-keep"])]
+    flags = ["--rounds", str(rounds), *(["--json"] * as_json), *(["--more"] * more), *(["--no-keep"] * (not keep))]
     failed = [
         name
         for name in names or BENCHMARKS
@@ -46,19 +48,25 @@ def main(
         raise SystemExit(f"these benchmarks did not end: {', '.join(failed)}")
 
 
-def _run(name: str, rounds: int, *, as_json: bool, keep: bool) -> None:
-    sides.say(f"{name}: {BENCHMARKS[name]}")
+def _run(name: str, rounds: int, *, as_json: bool, keep: bool, more: bool) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     size = module.SIZES["gpu" if hardware.gpus() else "cpu"]
-    made = module.compare(size, rounds)
-    settings = {"rounds": rounds, **size._asdict()}
-    if as_json:
-        print(json.dumps({"benchmark": name, "settings": settings, "machine": sides.machine(),
-                          "results": [comparison.as_dict() for comparison in made]}, indent=1))  # fmt: skip
-    else:
-        print("\n".join(map(str, made)))
+    told = {"benchmark": name, "settings": json.loads(json.dumps(size._asdict())), "machine": sides.machine()}
+    kept = sides.results(name)
+    earlier = store.read_json(kept) if more and kept.exists() else None
+    if earlier:
+        sides.require_alike(earlier, told["settings"])
+        told["machine"]["commit"] = f"{earlier['machine']['commit']}, {told['machine']['commit']}"
+    sides.say(f"{name}: {BENCHMARKS[name]}")
+    made: list[sides.Comparison] = module.compare(size, rounds)
+    if earlier:
+        sides.add_rounds(earlier["results"], made)
+    told["results"] = [comparison.as_dict() for comparison in made]
+    print(json.dumps(told, indent=1) if as_json else "\n".join(map(str, made)))
     if keep:
-        sides.say(f"written: {sides.save(name, made, settings)}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        store.write_json(kept, told)
+        sides.say(f"written: {kept}")
 
 
 if __name__ == "__main__":

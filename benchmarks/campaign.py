@@ -43,6 +43,6 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
         f"campaign: {size.recipe}", "srlm run, shown by Prefect, recorded by MLflow",
         "a straight script: vllm.LLM stage after stage, stock TRL", "s", "at most", 0.8,
     )  # fmt: skip
-    in_turn(made, lambda _: wall("ours", "ours", ours), lambda _: wall("theirs", "straight", theirs), rounds)
+    in_turn(lambda _: wall("ours", "ours", ours), [(made, lambda _: wall("theirs", "straight", theirs))], rounds)
     made.also = {f"phases, {side}": told for side, told in phases.items()}
     return [made]

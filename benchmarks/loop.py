@@ -44,10 +44,8 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
     alone = ("--no-prefect", "--no-mlflow")
     rows = f"{size.prompts} prompts x {size.n} responses x {size.k} judgments"
-    shown = in_turn(
-        Comparison(f"loop, {rows}", "files only", "shown by Prefect, recorded by MLflow", "s", "at most", 1.0),
-        lambda r: side("plain", size.prompts, *alone), lambda r: side("shown", size.prompts), rounds,
-    )  # fmt: skip
+    shown = Comparison(f"loop, {rows}", "files only", "shown by Prefect, recorded by MLflow", "s", "at most", 1.0)
+    in_turn(lambda r: side("plain", size.prompts, *alone), [(shown, lambda r: side("shown", size.prompts))], rounds)
     side("large", size.prompts * size.times, *alone)
     many, few = seen["large"][0], seen["plain"]
     longer = Comparison(

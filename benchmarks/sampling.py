@@ -28,7 +28,7 @@ class Size(NamedTuple):
     sequences: int
 
 
-SIZES = {"cpu": Size(16, 4, 3, 96, 64, 4, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
+SIZES = {"cpu": Size(12, 4, 3, 96, 64, 4, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
@@ -69,7 +69,7 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
                 tokens.append(sum(stage.tokens for stage in done))
                 return sum(stage.seconds for stage in done)
 
-            in_turn(made, ours, theirs, rounds, ours_first=True)  # what it asks for, the other side is given
+            in_turn(ours, [(made, theirs)], rounds, ours_first=True)  # what it asks for, the other side is given
         say(f"tokens: {tokens}; {json.dumps(run.usage)}")
     tokens_ours = [_generated(campaign, r + 1) for r in range(rounds)]
     if flops := arithmetic(size.sequences, config.engine.dtype):

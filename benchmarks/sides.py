@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -88,17 +88,21 @@ Side = Callable[[int], float]
 """Does round r's work and returns what it took, in the comparison's unit."""
 
 
-def in_turn(comparison: Comparison, ours: Side, theirs: Side, rounds: int, *, ours_first: bool = False) -> Comparison:
-    """Fill a comparison. The side that begins changes from round to round, so that a drift of the machine cancels.
+def in_turn(ours: Side, others: Sequence[tuple[Comparison, Side]], rounds: int, *, ours_first: bool = False) -> None:
+    """Fill comparisons, each with its other side; our side runs once a round for all of them.
 
-    `ours_first`: ours always begins, where the other side is given what ours made.
+    The side that begins changes from round to round, so that a drift of the machine cancels. `ours_first`: ours always
+    begins, where the other sides are given what ours made.
     """
+    sides = [ours, *(side for _, side in others)]
     for r in range(rounds):
-        order = [(comparison.ours, ours), (comparison.theirs, theirs)]
-        for taken, side in order if ours_first or r % 2 == 0 else reversed(order):
-            taken.append(round(side(r), 5))
-        say(f"{comparison.name}: round {r + 1}/{rounds}: {comparison.ours[-1]:.4g} and {comparison.theirs[-1]:.4g}")
-    return comparison
+        first = 0 if ours_first else r % len(sides)
+        order = [*range(first, len(sides)), *range(first)]
+        took = {i: round(sides[i](r), 5) for i in order}
+        for i, (comparison, _) in enumerate(others, start=1):
+            comparison.ours.append(took[0])
+            comparison.theirs.append(took[i])
+            say(f"{comparison.name}: round {r + 1}/{rounds}: {took[0]:.4g} and {took[i]:.4g}")
 
 
 def allowed(name: str, taken: list[float], most: float, unit: str) -> Comparison:
@@ -152,16 +156,33 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save(benchmark: str, made: list[Comparison], settings: dict[str, Any]) -> Path:
-    """Write results where they are committed, one file a benchmark and kind of machine."""
+def results(benchmark: str) -> Path:
+    """Name the file where results are committed: one a benchmark and kind of machine."""
     here = machine()
     vectors = here["vectors"][-1] if here["vectors"] else platform.machine()
     kind = f"{len(here['gpus'])}-gpu" if here["gpus"] else f"{here['cores']}-core-{vectors}"
-    path = RESULTS / kind / f"{benchmark}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"benchmark": benchmark, "settings": settings, "machine": here, "results": [c.as_dict() for c in made]}
-    path.write_text(json.dumps(told, indent=1) + "\n")
-    return path
+    return RESULTS / kind / f"{benchmark}.json"
+
+
+def require_alike(earlier: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to add to rounds of another machine, other versions or other sizes."""
+    here = machine()
+    for said, before, now in [
+        *((name, earlier["machine"][name], here[name]) for name in ("processor", "cores", "gpus", "packages")),
+        *((name, earlier["settings"].get(name), value) for name, value in settings.items()),
+    ]:
+        if before != now:
+            raise SystemExit(f"--more: expected {said} of the rounds that are kept, {before}, got {now}. Leave it out.")
+
+
+def add_rounds(earlier: list[dict[str, Any]], made: list[Comparison]) -> None:
+    """Put the rounds of an earlier run before those just made."""
+    for comparison in made:
+        for result in earlier:
+            if (result["name"], result["theirs_is"]) == (comparison.name, comparison.theirs_is):
+                comparison.ours[:0], comparison.theirs[:0] = result["ours"], result["theirs"]
+                seen = {name: value for name, value in result.get("also", {}).items() if isinstance(value, list)}
+                comparison.also |= {name: value + comparison.also.get(name, []) for name, value in seen.items()}
 
 
 def _lines(path: str) -> list[str]:

@@ -47,7 +47,7 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
         f"similarity filter, {size.compared} candidates", "index by word, then rapidfuzz",
         "the definition: rapidfuzz on everything kept", "s", "at most", 1.0,
     )  # fmt: skip
-    in_turn(made, ours, theirs, rounds)
+    in_turn(ours, [(made, theirs)], rounds)
     if decided["ours"] != decided["theirs"]:
         raise SystemExit("similarity: the two sides decided differently")
     return [made, allowed(f"similarity filter, {size.candidates} candidates", walls, 120, "s")]

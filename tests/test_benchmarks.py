@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.loop import distinct
-from benchmarks.sides import Comparison, in_turn
+from benchmarks.sides import Comparison, Side, add_rounds, in_turn, machine, require_alike
 from benchmarks.similarity import candidates, indexed, plain
 from srlm_core.prompts import rouge_l
 
@@ -35,11 +35,30 @@ def test_a_rate_wants_to_be_high_and_a_time_low() -> None:
 def test_the_sides_run_in_turn_and_take_turns_to_begin() -> None:
     order: list[str] = []
 
-    def side(name: str) -> object:
-        return lambda r: order.append(f"{name}{r}") or 1.0
+    def side(name: str, takes: float) -> Side:
+        return lambda r: order.append(f"{name}{r}") or takes
 
-    in_turn(made(), side("a"), side("b"), 3)  # type: ignore[arg-type]
-    assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    first, second = made(), made()
+    in_turn(side("a", 1), [(first, side("b", 2)), (second, side("c", 4))], 3)
+    assert order == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
+    assert (first.ratios, second.ratios) == ([0.5] * 3, [0.25] * 3)
+    order.clear()
+    in_turn(side("a", 1), [(made(), side("b", 2))], 2, ours_first=True)
+    assert order == ["a0", "b0", "a1", "b1"]
+
+
+def test_more_rounds_are_added_to_those_of_the_same_machine_versions_and_sizes_alone() -> None:
+    earlier = made(ours=[1.0], theirs=[4.0], also={"tokens": [5]}).as_dict()
+    found = [made(ours=[2.0], theirs=[4.0], also={"tokens": [6]}), made(theirs_is="c", ours=[3.0], theirs=[4.0])]
+    add_rounds([earlier], found)
+    assert [one.ours for one in found] == [[1.0, 2.0], [3.0]]
+    assert (found[0].theirs, found[0].also) == ([4.0, 4.0], {"tokens": [5, 6]})
+    told = {"machine": machine(), "settings": {"rows": 3}}
+    require_alike(told, {"rows": 3})
+    with pytest.raises(SystemExit, match=r"expected rows .* 3, got 4"):
+        require_alike(told, {"rows": 4})
+    with pytest.raises(SystemExit, match="cores"):
+        require_alike({**told, "machine": {**told["machine"], "cores": 99}}, {"rows": 3})
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
