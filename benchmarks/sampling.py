@@ -28,7 +28,7 @@ class Size(NamedTuple):
     sequences: int
 
 
-SIZES = {"cpu": Size(12, 4, 3, 96, 64, 4, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
+SIZES = {"cpu": Size(24, 4, 3, 96, 64, 4, 64), "gpu": Size(1024, 4, 3, 256, 256, 64, 512)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:

@@ -161,13 +161,14 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
 
 
 class StepSampler(torch.utils.data.Sampler[int]):
-    """Random steps of `batch_size` rows of like length: out of each `POOL` steps' worth of random rows, sorted.
+    """Random steps of `batch_size` rows of like length: out of each pool of random rows, sorted.
 
     Like rows pad little and share long beginnings, and a judgment's few tokens do not drown among an answer's hundreds.
     Which rows make a step depends on seed, epoch and lengths alone: neither micro batch nor resumption changes it.
     """
 
     POOL = 16
+    """Most steps' worth of rows in a pool; half the steps where there are fewer, or every seed would make the same."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -182,7 +183,8 @@ class StepSampler(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         rest = len(order) % self.batch_size
-        whole, pool = order[: len(order) - rest], self.POOL * self.batch_size
+        whole = order[: len(order) - rest]
+        pool = min(self.POOL, max(1, len(whole) // self.batch_size // 2)) * self.batch_size
         pooled = [row for start in range(0, len(whole), pool) for row in self._by_length(whole[start : start + pool])]
         steps = [pooled[start : start + self.batch_size] for start in range(0, len(pooled), self.batch_size)]
         for step in torch.randperm(len(steps), generator=generator).tolist():
