@@ -1,7 +1,6 @@
 """SFT and DPO against TRL as it comes: the same rows, batches, rates and epochs; the same training must come of it."""
 
 import json
-import math
 import os
 import random
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
+from benchmarks.likeness import distances, final_losses
 from benchmarks.sides import Comparison, arithmetic, in_turn, say, stopwatch
 from benchmarks.workload import small_model
 from srlm_core import data, judgments, schemas, store, training
@@ -90,10 +90,13 @@ def _compare(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path)
         passes = 3 if kind == "sft" else 4
         made.limit = flops * n_rows / (passes * 2 * describe(small_model()).parameters * _tokens(laid_out))
         made.limit_is = f"the products of all rows' tokens, shared ones too, at {flops / 1e9:.0f} GFLOP/s"
+    trained = {f"{side}, seed {r}": folder / f"{side}{r}" for side in losses for r in range(min(rounds, 2))}
+    models = {"start": small_model(), **trained}
     made.also = {
         "first losses": {side: [round(run[0], 4) for run in runs] for side, runs in losses.items()},
         "mean losses": {side: [round(sum(run) / len(run), 4) for run in runs] for side, runs in losses.items()},
-        "weights": distances(folder, rounds),
+        "losses afterwards, all rows": final_losses(models, laid_out, DpoConfig().beta, folder),
+        "weights apart, as shares of the way": distances(models),
     }
     say(f"{what}: {made.also}")
     return made
@@ -105,29 +108,6 @@ def _tokens(rows: pa.Table) -> int:
         len(renderer.prompt(row["prompt"], row[side][0]["content"]))
         for row in rows.to_pylist()
         for side in row.keys() & {"completion", "chosen", "rejected"}
-    )
-
-
-def distances(folder: Path, rounds: int) -> dict[str, float]:
-    """Compare how far ours and theirs end apart with how far two seeds do, as shares of the way from the start."""
-    first, start = _weights(folder / "theirs0"), _weights(small_model())
-    way = _apart(first, start)
-    told = {"ours to theirs, one seed": _apart(_weights(folder / "ours0"), first) / way}
-    if rounds > 1:
-        told |= {"theirs to theirs, two seeds": _apart(_weights(folder / "theirs1"), first) / way}
-        told |= {"ours to ours, two seeds": _apart(_weights(folder / "ours0"), _weights(folder / "ours1")) / way}
-    return {name: round(share, 3) for name, share in told.items()}
-
-
-def _weights(folder: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def _apart(one: Any, other: Any) -> float:
-    return math.sqrt(
-        sum(float((one[name].float() - other[name].float()).square().sum()) for name in one.keys() & other.keys())
     )
 
 

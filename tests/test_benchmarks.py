@@ -1,10 +1,12 @@
 """The arithmetic of the benchmarks, and that each of them is there."""
 
 import importlib
+import math
 
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.likeness import dpo_loss, token_loss
 from benchmarks.loop import distinct
 from benchmarks.sides import Comparison, Side, add_rounds, in_turn, machine, require_alike
 from benchmarks.similarity import candidates, indexed, plain
@@ -59,6 +61,15 @@ def test_more_rounds_are_added_to_those_of_the_same_machine_versions_and_sizes_a
         require_alike(told, {"rows": 4})
     with pytest.raises(SystemExit, match="cores"):
         require_alike({**told, "machine": {**told["machine"], "cores": 99}}, {"rows": 3})
+
+
+def test_the_loss_afterwards_is_the_methods_own() -> None:
+    assert token_loss({"0/completion": (-3.0, 2), "1/completion": (-1.0, 2)}) == 1.0
+    start = {"0/chosen": (-5.0, 3), "0/rejected": (-4.0, 3)}
+    assert dpo_loss(start, start, 0.1) == pytest.approx(math.log(2))
+    # the chosen one gains 6, the rejected one loses 4: log(1 + exp(-0.1 x 10))
+    after = {"0/chosen": (1.0, 3), "0/rejected": (-8.0, 3)}
+    assert dpo_loss(after, start, 0.1) == pytest.approx(math.log1p(math.exp(-1.0)))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
