@@ -482,7 +482,7 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
     stamp = store.stamp_of(work_dir / "rows.parquet")
     if stamp is None or stamp.fingerprint != made_from:
         shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
-    asked = [schemas.prompt_text(messages) for messages in lesson.rows["prompt"].to_pylist()]
+    asked = (schemas.prompt_text(messages.as_py()) for messages in lesson.rows["prompt"])
     kept, held = training.hold_out(lesson.rows, lesson.config.heldout_share, asked)
     store.write_part(work_dir / "rows.parquet", kept, made_from)
     if held.num_rows:

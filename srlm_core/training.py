@@ -66,21 +66,23 @@ def eft_examples(
 
 def preferences(pairs: pa.Table) -> pa.Table:
     """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES."""
-    return schemas.table(
-        (
-            {
-                "id": row["pair_id"],
-                "prompt": row["messages"],
-                "chosen": [_turn("assistant", row["chosen"])],
-                "rejected": [_turn("assistant", row["rejected"])],
-            }
-            for row in pairs.to_pylist()
-        ),
-        schemas.PREFERENCES,
-    )
+    # By columns: as Python objects, the pairs of a large iteration would be the most that the loop ever holds
+    columns = {
+        "id": pairs["pair_id"], "prompt": pairs["messages"],
+        "chosen": _assistant_turns(pairs["chosen"]), "rejected": _assistant_turns(pairs["rejected"]),
+    }  # fmt: skip
+    return schemas.conform(pa.table(columns), schemas.PREFERENCES)
 
 
-def hold_out(rows: pa.Table, share: float, key: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+def _assistant_turns(texts: pa.ChunkedArray) -> pa.Array:
+    columns = [pa.repeat("assistant", len(texts)), texts.combine_chunks()]
+    said = pa.StructArray.from_arrays(columns, fields=list(schemas.MESSAGES.value_type))
+    return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), said)
+
+
+def hold_out(rows: pa.Table, share: float, key: Iterable[str]) -> tuple[pa.Table, pa.Table]:
     """Split rows into (training, held out) by the hash of a key, such as the prompt: no prompt is on both sides."""
+    if not share:
+        return rows, rows.slice(0, 0)
     held = [int(digest("held out", value), 16) / 16**16 < share for value in key]
     return rows.filter(pa.array([not h for h in held])), rows.filter(pa.array(held))
