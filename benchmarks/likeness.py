@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines import open_engine, resolve_dtype
+from srlm_core.engines import open_engine
 from srlm_core.engines.protocol import ScoredText
-from srlm_core.engines.tuning import tuned
 
 
 def final_losses(models: Mapping[str, Path], rows: pa.Table, beta: float, logs: Path) -> dict[str, float]:
@@ -26,14 +25,12 @@ LogProbs = dict[str, tuple[float, int]]
 
 
 def _logprobs(model: Path, rows: pa.Table, log: Path) -> LogProbs:
-    config = EngineConfig(kind="transformers", context=2048)
-    config = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}))
     asked = [
         ScoredText(f"{place}/{column}", tuple(row["prompt"]), row[column][0]["content"])
         for place, row in enumerate(rows.to_pylist())
         for column in row.keys() & {"completion", "chosen", "rejected"}
     ]
-    with open_engine(config, model, log=log) as engine:
+    with open_engine(EngineConfig(kind="transformers", context=2048), model, log=log) as engine:
         found = list(engine.logprobs(asked))
     return {one.id: (one.logprob, one.n_tokens) for one in found if one.logprob is not None}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from benchmarks.bare import Bare
+from benchmarks.workload import filled
 from srlm_core import loop, store
 from srlm_core.backend import Model, make_backend, resolve
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
@@ -52,7 +53,7 @@ def main() -> None:
     """Run the recipe named on the command line, in the folder named there."""
     recipe, root, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     config = resolve(load(recipe, None, overrides))
-    whole = config.engine.model_copy(update={"shard_rows": max(1, config.prompts.target)})
+    whole = filled(config.engine.model_copy(update={"shard_rows": max(1, config.prompts.target)}))
     config = config.model_copy(update={"engine": whole})
     with Campaign(root, "straight") as campaign, OneByOne() as executor:
         campaign.logs.mkdir(exist_ok=True)

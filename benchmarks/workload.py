@@ -22,7 +22,11 @@ def small_model() -> Path:
 def engine(**settings: Any) -> EngineConfig:
     """Set up a vLLM engine of which two fit side by side, on a GPU too."""
     config = EngineConfig(kind="vllm", context=1024, kv_cache_gib=4.0, gpu_memory=0.4, compiled=False)
-    config = config.model_copy(update=settings)
+    return filled(config.model_copy(update=settings))
+
+
+def filled(config: EngineConfig) -> EngineConfig:
+    """Fill in what the settings leave open, as `open_engine` does."""
     return tuned(config.model_copy(update={"dtype": resolve_dtype(config)}))
 
 

@@ -66,7 +66,6 @@ def eft_examples(
 
 def preferences(pairs: pa.Table) -> pa.Table:
     """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES."""
-    # By columns: as Python objects, the pairs of a large iteration would be the most that the loop ever holds
     columns = {
         "id": pairs["pair_id"], "prompt": pairs["messages"],
         "chosen": _assistant_turns(pairs["chosen"]), "rejected": _assistant_turns(pairs["rejected"]),

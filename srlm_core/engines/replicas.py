@@ -1,7 +1,7 @@
 """Several engines of one model side by side on one machine: the next request goes to one that has the least to do."""
 
+import math
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +125,7 @@ class _Shared:
 
     def __init__(self, items: Iterable[Any], size: Callable[[Any], int], engines: int, over: threading.Event) -> None:
         self._items, self._size, self._over = iter(items), size, over
-        self._busy = [0] * engines
+        self._busy = [0.0] * engines
         """Answers that each engine still owes."""
         self._turn = threading.Condition()
 
@@ -146,7 +146,7 @@ class _Shared:
                 self._turn.wait(0.5)
             item = _DONE if self._over.is_set() else next(self._items, _DONE)
             if item is _DONE:
-                self._busy[number] = sys.maxsize // 2  # it asks no more: the others need not wait for it
+                self._busy[number] = math.inf  # it asks no more: the others need not wait for it
             else:
                 self._busy[number] += self._size(item)
             self._turn.notify_all()
