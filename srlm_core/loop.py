@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from srlm_core import data, evaluation, judgments, prompts, responses, schemas, settings, store, training
 from srlm_core.backend import Backend, Model
@@ -202,12 +203,12 @@ def bootstrap(run: Run) -> None:
     ift = training.ift_examples(seed.ift)
     eft = training.eft_examples(seed.eft, _asked_in_eft(config, seed.eft), config.seed_data.eft_form)
     for name, rows in (("ift", ift), ("eft", eft)):
-        made_from = digest("seed", name, store.rows_digest(rows))
+        made_from = digest("seed", name, store.rows_digest([rows], rows.schema))
         stamp = store.stamp_of(folder / f"{name}.parquet")
         if stamp is None or stamp.fingerprint != made_from:
             store.write_part(folder / f"{name}.parquet", rows, made_from)
-    _train(run, Lesson(BASELINE, "sft", ift, config.training.sft, base, None, folder))
-    _train(run, Lesson("M1", "sft", pa.concat_tables([ift, eft]), config.training.sft, base, None, folder))
+    _train(run, Lesson(BASELINE, "sft", lambda: [ift], config.training.sft, base, None, folder))
+    _train(run, Lesson("M1", "sft", lambda: [ift, eft], config.training.sft, base, None, folder))
 
 
 def _asked_in_eft(config: RunConfig, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
@@ -228,12 +229,12 @@ def iterate(run: Run, t: int) -> None:
         made = make_datasets(run, t, policy, lend)
         _finish_evaluation(run, policy, measuring)
     _require_rows(run, t, made)
-    pairs = _pairs_to_train_on(run, t, made)
+    parts = _parts_to_train_on(run, t, made)
     reference = _anchor(run, run.config.training.dpo.reference, policy)
     init = _anchor(run, run.config.training.dpo.init_from, policy)
     folder = run.campaign.iteration(t)
-    rows, how = training.preferences(pairs), run.config.training.dpo
-    _train(run, Lesson(f"M{t + 1}", "dpo", rows, how, init, reference, folder))
+    how = run.config.training.dpo
+    _train(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -399,13 +400,17 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
 
 
-def _pairs_to_train_on(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> pa.Table:
+def _parts_to_train_on(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> list[Path]:
     dataset = METHODS[run.config.method].trains_on
     parts = [part.path for part in made[dataset]]
     if run.config.training.dpo.data == "cumulative":
         earlier = [path for s in range(1, t) for path in store.parts(run.campaign.iteration(s) / dataset)]
         parts = earlier + parts
-    return store.read_rows(parts, schemas.PAIRS)
+    return parts
+
+
+def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:
+    return (training.preferences(store.read_part(path)) for path in parts)
 
 
 def _anchor(run: Run, which: str, policy: Model) -> Model:
@@ -424,11 +429,16 @@ class Lesson(NamedTuple):
 
     name: str
     kind: Literal["sft", "dpo"]
-    rows: pa.Table
+    rows: Callable[[], Iterable[pa.Table]]
+    """Reads the rows from their beginning, a piece at a time: all of an iteration's need not fit the memory."""
     config: SftConfig | DpoConfig
     init: Model
     reference: Model | None
     folder: Path
+
+    @property
+    def schema(self) -> pa.Schema:
+        return schemas.EXAMPLES if self.kind == "sft" else schemas.PREFERENCES
 
     @property
     def work_dir(self) -> Path:
@@ -441,7 +451,7 @@ class Lesson(NamedTuple):
         return digest(
             {
                 "version": training.VERSION, "kind": self.kind, "seed": config.seed,
-                "rows": store.rows_digest(self.rows),
+                "rows": store.rows_digest(self.rows(), self.schema),
                 "settings": settings.pick(config, (f"training.{self.kind}",)),
                 "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
             },
@@ -482,15 +492,16 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
     stamp = store.stamp_of(work_dir / "rows.parquet")
     if stamp is None or stamp.fingerprint != made_from:
         shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
-    asked = (schemas.prompt_text(messages.as_py()) for messages in lesson.rows["prompt"])
-    kept, held = training.hold_out(lesson.rows, lesson.config.heldout_share, asked)
-    store.write_part(work_dir / "rows.parquet", kept, made_from)
-    if held.num_rows:
-        store.write_part(work_dir / "heldout.parquet", held, made_from)
+    kept, held = work_dir / "rows.parquet", work_dir / "heldout.parquet"
+    share = lesson.config.heldout_share
+    store.write_stream(kept, (training.hold_out(rows, share)[0] for rows in lesson.rows()), lesson.schema, made_from)
+    if share:
+        aside = (training.hold_out(rows, share)[1] for rows in lesson.rows())
+        store.write_stream(held, aside, lesson.schema, made_from)
     job = TrainingJob(
         kind=lesson.kind,
-        rows=work_dir / "rows.parquet",
-        heldout=work_dir / "heldout.parquet" if held.num_rows else None,
+        rows=kept,
+        heldout=held if share and pq.read_metadata(held).num_rows else None,
         init_from=lesson.init.path,
         reference=lesson.reference.path if lesson.reference else None,
         output=run.campaign.model(lesson.name),
@@ -566,7 +577,7 @@ def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]
 
     sampling = settings.pick(config, ("evaluation.sampling",))
     pieces: dict[str, tuple[Callable[[Engine], tuple[pa.Table, pa.Table]], Any]] = {
-        "responses": (answer, ["responses", responses.VERSION, store.rows_digest(asked), sampling]),
+        "responses": (answer, ["responses", responses.VERSION, store.rows_digest([asked], asked.schema), sampling]),
         "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
         "text": (judged(few, as_text), [_judging(config, few), "text"]),
     }

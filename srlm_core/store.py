@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from srlm_core.errors import StoreError
 
 _spell = msgspec.json.Encoder(order="deterministic").encode
+Written = TypeVar("Written")
 _FINGERPRINT, _DIGEST, _EXTRA = b"srlm.fingerprint", b"srlm.digest", b"srlm.extra"
 
 
@@ -42,18 +43,19 @@ def seed_for(*where: Any) -> int:
     return int.from_bytes(hashlib.sha256(canonical(list(where))).digest()[:4], "big") >> 1 & ~0xFF
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file in the same folder, flush it to the disk, and rename it into place.
+def write_atomically(path: Path, write: Callable[[Path], Written]) -> Written:
+    """Let `write` fill a temporary file in the same folder, flush it to the disk, rename it, return what it returned.
 
     Raises StoreError on a full disk; what was there before is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(aside)
+        written = write(aside)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        return written
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
@@ -96,31 +98,52 @@ class Stamp(NamedTuple):
     extra: dict[str, Any]
 
 
-def rows_digest(rows: pa.Table) -> str:
-    """Hash the content of a table row by row: not its encoding, which differs before and after a file."""
-    sink = hashlib.sha256(canonical(rows.schema.names))
-    for batch in rows.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            sink.update(canonical(row))
+def rows_digest(pieces: Iterable[pa.Table | pa.RecordBatch], schema: pa.Schema) -> str:
+    """Hash the content of a table in pieces, row by row: not its encoding, which differs before and after a file."""
+    sink = hashlib.sha256(canonical(schema.names))
+    for piece in pieces:
+        _hash_rows(sink, piece)
     return sink.hexdigest()[:16]
+
+
+def _hash_rows(sink: Any, rows: pa.Table | pa.RecordBatch) -> None:
+    for start in range(0, rows.num_rows, 1024):
+        for row in rows.slice(start, 1024).to_pylist():
+            sink.update(canonical(row))
 
 
 def write_part(path: Path, rows: pa.Table, fingerprint: str, extra: Mapping[str, Any] | None = None) -> Stamp:
     """Write one part with page checksums, its fingerprint, digest and `extra` in the footer."""
-    stamp = Stamp(fingerprint, rows_digest(rows.replace_schema_metadata(None)), dict(extra or {}))
-    meta = {_FINGERPRINT: stamp.fingerprint, _DIGEST: stamp.digest, _EXTRA: json.dumps(stamp.extra, sort_keys=True)}
-    rows = rows.replace_schema_metadata(meta)
-    write_atomically(path, lambda aside: _write_parquet(aside, rows))
-    return stamp
+    return write_stream(path, [rows], rows.schema, fingerprint, extra)
 
 
-def _write_parquet(path: Path, rows: pa.Table) -> None:
-    # no statistics: they are in no checksum, and a reader that skips by damaged ones would lose rows silently
-    with pq.ParquetWriter(
-        path, rows.schema, compression="zstd", write_page_checksum=True, write_statistics=False
-    ) as writer:
-        if rows.num_rows:  # a row group of no rows stops the datasets library from loading the file
-            writer.write_table(rows)
+def write_stream(
+    path: Path,
+    pieces: Iterable[pa.Table],
+    schema: pa.Schema,
+    fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
+) -> Stamp:
+    """Write one part out of pieces that come one after the other: one of them is in memory at a time."""
+    schema, sink = schema.remove_metadata(), hashlib.sha256(canonical(schema.names))
+
+    def write(aside: Path) -> Stamp:
+        # no statistics: they are in no checksum, and a reader that skips by damaged ones would lose rows silently
+        with pq.ParquetWriter(
+            aside, schema, compression="zstd", write_page_checksum=True, write_statistics=False
+        ) as writer:
+            for piece in pieces:
+                if piece.num_rows:  # a row group of no rows stops the datasets library from loading the file
+                    writer.write_table(piece.replace_schema_metadata(None))
+                    _hash_rows(sink, piece)
+            stamp = Stamp(fingerprint, sink.hexdigest()[:16], dict(extra or {}))
+            writer.add_key_value_metadata({
+                _FINGERPRINT: stamp.fingerprint, _DIGEST: stamp.digest,
+                _EXTRA: json.dumps(stamp.extra, sort_keys=True),
+            })  # fmt: skip
+        return stamp
+
+    return write_atomically(path, write)
 
 
 def read_part(path: Path) -> pa.Table:
@@ -135,16 +158,12 @@ def stamp_of(path: Path) -> Stamp | None:
     Page checksums do not cover headers and footer, so the rows are held against the digest as well.
     """
     try:
-        meta = pq.read_schema(path).metadata
-        stamp = Stamp(meta[_FINGERPRINT].decode(), meta[_DIGEST].decode(), json.loads(meta[_EXTRA]))
-        return stamp if stamp.digest == rows_digest(read_part(path)) else None
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            meta = file.metadata.metadata
+            stamp = Stamp(meta[_FINGERPRINT].decode(), meta[_DIGEST].decode(), json.loads(meta[_EXTRA]))
+            return stamp if stamp.digest == rows_digest(file.iter_batches(1024), file.schema_arrow) else None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
         return None
-
-
-def read_rows(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
-    """Read several parts into one table; an empty table for none."""
-    return pa.concat_tables([read_part(path) for path in paths] or [schema.empty_table()])
 
 
 def parts(folder: Path) -> list[Path]:

@@ -79,9 +79,10 @@ def _assistant_turns(texts: pa.ChunkedArray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), said)
 
 
-def hold_out(rows: pa.Table, share: float, key: Iterable[str]) -> tuple[pa.Table, pa.Table]:
-    """Split rows into (training, held out) by the hash of a key, such as the prompt: no prompt is on both sides."""
+def hold_out(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
+    """Split rows into (training, held out) by the hash of what the prompt asks: no prompt is on both sides."""
     if not share:
         return rows, rows.slice(0, 0)
-    held = [int(digest("held out", value), 16) / 16**16 < share for value in key]
-    return rows.filter(pa.array([not h for h in held])), rows.filter(pa.array(held))
+    asked = (schemas.prompt_text(messages.as_py()) for messages in rows["prompt"])
+    held = [int(digest("held out", text), 16) / 16**16 < share for text in asked]
+    return rows.filter(pa.array([not h for h in held], pa.bool_())), rows.filter(pa.array(held, pa.bool_()))

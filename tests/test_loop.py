@@ -57,6 +57,17 @@ def test_a_fixed_reference_is_m1_in_every_iteration(scripted):
     assert store.read_json(folder / "models" / "M3" / "complete.json")["reference"][0] == "M1"
 
 
+def test_held_out_rows_are_of_other_prompts_and_none_is_lost(scripted):
+    folder = scripted("training.dpo.heldout_share=0.4", "prompts.target=24", "engine.shard_rows=5")
+    sides = [store.read_part(folder / "iter_01" / "training" / f"{name}.parquet") for name in ("rows", "heldout")]
+    asked = [{messages[-1]["content"] for messages in side["prompt"].to_pylist()} for side in sides]
+    assert asked[0]
+    assert asked[1]
+    assert not asked[0] & asked[1]
+    ids = [row_id for side in sides for row_id in side["id"].to_pylist()]
+    assert sorted(ids) == sorted(row["pair_id"] for row in rows(folder, "pairs"))
+
+
 def test_skill_rises_by_construction_and_the_win_rate_shows_it(scripted):
     folder = scripted("prompts.target=24", "evaluation.prompts=60")
     table = store.read_json(folder / "evaluation" / "head_to_head" / "results.json")["comparisons"]

@@ -118,7 +118,18 @@ def test_digests_do_not_depend_on_the_process():
 
 def test_a_digest_of_rows_survives_the_file(tmp_path):
     stamp = store.write_part(tmp_path / "p.parquet", ROWS, "f")
-    assert store.rows_digest(store.read_part(tmp_path / "p.parquet")) == stamp.digest
+    assert store.rows_digest([store.read_part(tmp_path / "p.parquet")], ROWS.schema) == stamp.digest
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_pieces_make_the_same_part_as_the_whole(tmp_path_factory, sizes):
+    folder = tmp_path_factory.mktemp("pieces")
+    whole = pa.table({"id": [str(number) for number in range(sum(sizes))]}, schema=pa.schema([("id", pa.string())]))
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    pieces = (whole.slice(start, size) for start, size in zip(starts, sizes, strict=True))
+    stamp = store.write_stream(folder / "pieces", pieces, whole.schema, "f")
+    assert stamp == store.write_part(folder / "whole", whole, "f") == store.stamp_of(folder / "pieces")
+    assert store.read_part(folder / "pieces").equals(whole)
 
 
 def test_a_digest_is_the_same_on_every_machine():

@@ -156,16 +156,16 @@ def train(
 ) -> TrainingResult:
     """Make the next scripted model: skill closes a sixth of its distance to 1, if there was anything to learn from."""
     started = time.monotonic()
-    rows = pq.read_table(job.rows)
+    n_rows = pq.read_metadata(job.rows).num_rows
     before = skill_of(job.init_from)
-    skill = before + (1 - before) / 6 * min(1, rows.num_rows / 8)
-    steps = math.ceil(rows.num_rows / job.settings.batch_size)
+    skill = before + (1 - before) / 6 * min(1, n_rows / 8)
+    steps = math.ceil(n_rows / job.settings.batch_size)
     history: list[dict[str, Any]] = [
         {"step": step, "loss": math.log(2) / (1 + step / max(steps, 1)), "learning_rate": job.settings.learning_rate}
         for step in range(1, steps + 1)
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(f"scripted {job.kind}: {rows.num_rows} rows, skill {before:.3f} to {skill:.3f}\n")
+    log.write_text(f"scripted {job.kind}: {n_rows} rows, skill {before:.3f} to {skill:.3f}\n")
     aside = job.output.with_name(f".{job.output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     write_json(aside / "scripted.json", {"skill": skill, "lineage": [*_lineage(job.init_from), job.kind]})
@@ -179,7 +179,7 @@ def train(
         log=tuple(history),
         steps=steps,
         epochs=job.settings.epochs,
-        n_rows=rows.num_rows,
+        n_rows=n_rows,
         n_heldout=0,
         dropped=(),
         seconds=time.monotonic() - started,
