@@ -1,6 +1,8 @@
 """Whether two sides trained the same thing: the loss of what came of it on the same rows, and the weights' distance."""
 
+import itertools
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,20 +50,26 @@ def dpo_loss(found: LogProbs, reference: LogProbs, beta: float) -> float:
     return math.fsum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
 
 
-def distances(models: Mapping[str, Path]) -> dict[str, float]:
-    """Compare how far ours and theirs end apart with how far two seeds do, as shares of the way from the start."""
+def distances(models: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Hold how far ours and theirs end apart against how far two seeds of one side do.
+
+    `models` are `start` and `<side>, seed <n>`. Shares of the way that their models went from the start on average.
+    """
     weights = {name: _weights(path) for name, path in models.items()}
-    way = _apart(weights["theirs, seed 0"], weights["start"])
-    pairs = {
-        "ours to theirs": ("ours, seed 0", "theirs, seed 0"),
-        "ours, two seeds": ("ours, seed 0", "ours, seed 1"),
-        "theirs, two seeds": ("theirs, seed 0", "theirs, seed 1"),
-    }
+    start = weights.pop("start")
+    way = statistics.fmean(_apart(found, start) for name, found in weights.items() if name.startswith("theirs"))
+    shares: dict[str, list[float]] = {}
+    for one, other in itertools.combinations(weights, 2):
+        sides = {name.partition(",")[0] for name in (one, other)}
+        what = "ours to theirs" if len(sides) == 2 else f"{sides.pop()}, two seeds"
+        shares.setdefault(what, []).append(_apart(weights[one], weights[other]) / way)
     return {
-        what: round(_apart(weights[one], weights[other]) / way, 3)
-        for what, (one, other) in pairs.items()
-        if {one, other} <= weights.keys()
-    }
+        what: {
+            "mean": round(statistics.fmean(found), 3), "lowest": round(min(found), 3), "highest": round(max(found), 3),
+            "n": len(found),
+        }
+        for what, found in shares.items()
+    }  # fmt: skip
 
 
 def _weights(folder: Path) -> Any:

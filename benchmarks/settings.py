@@ -22,7 +22,7 @@ SIZES = {"cpu": Size(256, 16, (16, 256)), "gpu": Size(4096, 128, (64, 1024))}
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Hold what was chosen against other values one by one, everything else being equal; all engines are open."""
-    chosen, model = engine(kv_cache_gib=2.0, gpu_memory=0.2), small_model()
+    chosen, model = engine(kv_cache_gib=1.5, gpu_memory=0.15), small_model()
     others = [(f"{n} sequences", {"max_sequences": n}, 1.0) for n in size.batches]
     if not hardware.gpus() and len(hardware.cores()) > 1:
         others.append(("1 thread", {"threads": 1}, 1.5))

@@ -369,7 +369,7 @@ def _make_part(
 
 def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
     """Stop where an iteration has nothing to train on, saying what was seen and what to change."""
-    counts = {name: sum(store.read_part(part.path).num_rows for part in parts) for name, parts in made.items()}
+    counts = {name: sum(pq.read_metadata(part.path).num_rows for part in parts) for name, parts in made.items()}
     if counts[METHODS[run.config.method].trains_on]:
         return
     seen: Counter[str] = Counter()

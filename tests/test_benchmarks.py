@@ -4,9 +4,11 @@ import importlib
 import math
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from benchmarks.__main__ import BENCHMARKS
-from benchmarks.likeness import dpo_loss, token_loss
+from benchmarks.likeness import distances, dpo_loss, token_loss
 from benchmarks.loop import distinct
 from benchmarks.sides import Comparison, Side, add_rounds, in_turn, machine, require_alike
 from benchmarks.similarity import candidates, indexed, plain
@@ -88,3 +90,15 @@ def test_the_filter_decides_as_the_definition_does_on_texts_like_a_models() -> N
 def test_the_loops_prompts_pass_the_filter() -> None:
     texts = distinct(60)
     assert max(rouge_l(a, b) for i, a in enumerate(texts) for b in texts[:i]) <= 0.7
+
+
+def test_weights_apart_are_shares_of_the_way_from_the_start(tmp_path):
+    ends = {"start": [0.0, 0.0], "ours, seed 0": [1.0, 1.0], "theirs, seed 0": [1.0, 0.0], "theirs, seed 1": [0.0, 1.0]}
+    for name, weights in ends.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(weights)}, tmp_path / name / "model.safetensors")
+    # theirs went 1 on average; ours lies 1 from each of them, they lie the root of 2 apart
+    assert distances({name: tmp_path / name for name in ends}) == {
+        "ours to theirs": {"mean": 1.0, "lowest": 1.0, "highest": 1.0, "n": 2},
+        "theirs, two seeds": {"mean": 1.414, "lowest": 1.414, "highest": 1.414, "n": 1},
+    }
