@@ -17,7 +17,7 @@ class Size(NamedTuple):
     tokens: int
 
 
-SIZES = {"cpu": Size(128, 32), "gpu": Size(4096, 256)}
+SIZES = {"cpu": Size(256, 32), "gpu": Size(4096, 256)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:

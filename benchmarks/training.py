@@ -40,10 +40,11 @@ SIZES = {"cpu": Size(32, 16, 8, 4, 512), "gpu": Size(2048, 1024, 16, 8, 1024)}
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Train the same rows both ways, with another seed in each round."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_compare(kind, size, rounds, Path(folder) / kind) for kind in ("sft", "dpo")]
+        return [side_by_side(kind, size, rounds, Path(folder) / kind) for kind in ("sft", "dpo")]
 
 
-def _compare(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path) -> Comparison:
+def side_by_side(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path) -> Comparison:
+    """Train with ours and with TRL, and say besides how like each other the models are."""
     folder.mkdir()
     rows = folder / "rows.parquet"
     laid_out = lessons(kind, size)

@@ -193,6 +193,27 @@ def _figure(value: Any) -> str:
 
 
 @app.command()
+def winrate(
+    annotations: Annotated[Path, typer.Argument(help="CSV (also .gz) or AlpacaEval's annotations.json.")],
+    difficulties: Annotated[
+        Path | None, typer.Option(help="CSV: instruction, difficulty; where you have the official ones.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn annotations against one baseline into win rates, plain and length-controlled, with their errors."""
+    from srlm_core import winrate as rates
+
+    found = rates.read(annotations)
+    known = rates.read_difficulties(difficulties) if difficulties else None
+    measured = rates.win_rates(found.verdicts, difficulties=known)
+    if as_json:
+        models = {model: rate._asdict() for model, rate in measured.items()}
+        typer.echo(json.dumps({"baseline": found.baseline, "models": models, "set_aside": found.set_aside}, indent=2))
+        return
+    typer.echo(rates.as_text(found, measured))
+
+
+@app.command()
 def recipes(
     settings: Annotated[
         bool, typer.Option("--settings", help="Print the JSON schema of all settings, for editors.")

@@ -176,6 +176,9 @@ def _what_length_did(longer: Measured, rest: Measured) -> str:
     return "too few of either to say which of the two it is"
 
 
+_GROWN = {1: "the judge has grown kinder", -1: "the judge has grown stricter", 0: "no change of the judge can be shown"}
+
+
 def _generosity(found: Summary) -> list[str]:
     own = {t: value for t, of in found.of_iteration.items() if (value := measured(of, "judgments/score_mean"))}
     if len(own) < 2:
@@ -187,9 +190,10 @@ def _generosity(found: Summary) -> list[str]:
     text = f"The scores that the policy gives its own responses move by {moved} from M{first} to M{last}"
     if before is None or after is None:
         return [f"{text}."]
-    same = spell(after.value - before.value, math.hypot(before.stderr, after.stderr), form="+.2f")
+    same = Measured(after.value - before.value, math.hypot(before.stderr, after.stderr), after.n)
     return [
-        f"{text}; on the held-out responses, which do not change, by {same}: what moves there is kindness, not quality."
+        f"{text}; on the held-out responses, which stay the same, by {spell(same.value, same.stderr, form='+.2f')}: "
+        f"{_GROWN[same.beside(0)]}."
     ]
 
 

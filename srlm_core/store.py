@@ -22,6 +22,8 @@ from srlm_core.errors import StoreError
 
 _spell = msgspec.json.Encoder(order="deterministic").encode
 Written = TypeVar("Written")
+ROW_GROUP = 1024
+"""Rows that a row group has at least, but for the last."""
 _FINGERPRINT, _DIGEST, _EXTRA = b"srlm.fingerprint", b"srlm.digest", b"srlm.extra"
 
 
@@ -124,7 +126,7 @@ def write_stream(
     fingerprint: str,
     extra: Mapping[str, Any] | None = None,
 ) -> Stamp:
-    """Write one part out of pieces that come one after the other: one of them is in memory at a time."""
+    """Write one part out of pieces that come one after the other: a row group of them is in memory at a time."""
     schema, sink = schema.remove_metadata(), hashlib.sha256(canonical(schema.names))
 
     def write(aside: Path) -> Stamp:
@@ -132,10 +134,9 @@ def write_stream(
         with pq.ParquetWriter(
             aside, schema, compression="zstd", write_page_checksum=True, write_statistics=False
         ) as writer:
-            for piece in pieces:
-                if piece.num_rows:  # a row group of no rows stops the datasets library from loading the file
-                    writer.write_table(piece.replace_schema_metadata(None))
-                    _hash_rows(sink, piece)
+            for group in _row_groups(pieces):
+                writer.write_table(group.replace_schema_metadata(None))
+                _hash_rows(sink, group)
             stamp = Stamp(fingerprint, sink.hexdigest()[:16], dict(extra or {}))
             writer.add_key_value_metadata({
                 _FINGERPRINT: stamp.fingerprint, _DIGEST: stamp.digest,
@@ -144,6 +145,18 @@ def write_stream(
         return stamp
 
     return write_atomically(path, write)
+
+
+def _row_groups(pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Put small pieces together; none is empty: a row group of no rows stops the datasets library from loading."""
+    held: list[pa.Table] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(rows.num_rows for rows in held) >= ROW_GROUP:
+            yield pa.concat_tables(held)
+            held = []
+    if any(rows.num_rows for rows in held):
+        yield pa.concat_tables(held)
 
 
 def read_part(path: Path) -> pa.Table:

@@ -346,3 +346,17 @@ def test_hostile_text_cannot_steer_the_terminal_or_pass_for_a_line_of_ours(tmp_p
         "pair pair1: r1 over r2 (4.33 over 1.00); trained M2"
     ]
     assert len(re.findall(r"^ {4}judgment 1 by", text, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize(("after", "told"), [(2.4, "kinder"), (1.6, "stricter"), (2.1, "no change")])
+def test_a_judge_is_called_kinder_only_beyond_the_error_on_responses_that_stay_the_same(after, told):
+    def measured(name, value):
+        return {name: value, f"{name}_stderr": 0.1, f"{name}_n": 100.0}
+
+    own = {t: measured("judgments/score_mean", value) for t, value in ((1, 2.0), (2, 3.0))}
+    same = {f"M{t}": measured("evaluation/score_mean", value) for t, value in ((1, 2.0), (2, after))}
+    found = summary.Summary(None, ["M1", "M2"], {}, own, same, [])
+    (said,) = report_words._generosity(found)
+    # 3.0 - 2.0, sqrt(0.1^2 + 0.1^2) = 0.14: two of them are 0.28
+    assert "move by +1.00 ± 0.14 from M1 to M2" in said
+    assert told in said.rpartition(": ")[2]

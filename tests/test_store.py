@@ -2,6 +2,7 @@ import errno
 import os
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +131,13 @@ def test_pieces_make_the_same_part_as_the_whole(tmp_path_factory, sizes):
     stamp = store.write_stream(folder / "pieces", pieces, whole.schema, "f")
     assert stamp == store.write_part(folder / "whole", whole, "f") == store.stamp_of(folder / "pieces")
     assert store.read_part(folder / "pieces").equals(whole)
+
+
+def test_small_pieces_share_a_row_group(tmp_path):
+    piece = pa.table({"id": [str(number) for number in range(400)]})
+    store.write_stream(tmp_path / "part", [piece] * 4, piece.schema, "f")
+    found = pq.ParquetFile(tmp_path / "part").metadata
+    assert [found.row_group(number).num_rows for number in range(found.num_row_groups)] == [1200, 400]
 
 
 def test_a_digest_is_the_same_on_every_machine():

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,8 +105,9 @@ _encode = msgspec.msgpack.Encoder().encode
 class LocalEngine:
     """Speaks the engine protocol for a child process that runs the model.
 
-    Each call keeps up to twice `max_sequences` sequences asked for, and pulls its requests as others finish, so that
-    the child's batch is full while one caller alone is asking, and a long list never lies in memory twice.
+    Each call keeps `max_sequences` sequences asked for, and a share `ahead` of that more, and pulls its requests as
+    others finish: the child's batch is full while one caller alone is asking, and a long list never lies in memory
+    twice.
     """
 
     kind: str
@@ -121,12 +123,13 @@ class LocalEngine:
         log: Path,
         trust_remote_code: bool = False,
         placement: Placement | None = None,
+        ahead: float = 1.0,
     ) -> None:
         self.config, self.model, self.log, self.trust_remote_code = config, model, log, trust_remote_code
         self.placement = placement or Placement()
         self.context = config.context
         assert config.max_sequences, "open_engine fills it in"
-        self._room = 2 * config.max_sequences
+        self._room = math.ceil((1 + ahead) * config.max_sequences)
         self._child: Child | None = None
         self._keys = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[FromChild | None]] = {}

@@ -19,6 +19,10 @@ from srlm_core.errors import ConfigError
 _DONE = object()
 
 
+AHEAD = 0.25
+"""Share of a full batch that an engine is asked for in advance: what it has, a faster one cannot take over."""
+
+
 class Replicas:
     """Speaks the engine protocol for several engines; their answers come merged."""
 
@@ -28,7 +32,14 @@ class Replicas:
         assert config.max_sequences, "open_engine fills it in"
         self._room = 2 * config.max_sequences
         self._engines = [
-            make(one, model, log=log.with_stem(f"{log.stem}_{i}"), trust_remote_code=trust_remote_code, placement=place)
+            make(
+                one,
+                model,
+                log=log.with_stem(f"{log.stem}_{i}"),
+                trust_remote_code=trust_remote_code,
+                placement=place,
+                ahead=AHEAD,
+            )
             for i, place in enumerate(placements(config))
         ]
         self._open = ExitStack()
