@@ -590,12 +590,17 @@ def as_text(table_rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay the table out for a terminal: a line per measure and a column per model: 80 columns hold five."""
     grid = [["", *(_of(row) for row in table_rows)]]
     grid += [[column.label, *(cell(row, column).replace(" ", "") for row in table_rows)] for column in COLUMNS]
-    label_width, *widths = [max(len(line[place]) for line in grid) for place in range(len(grid[0]))]
+    return "\n".join([*in_columns(grid), *_footnotes(table_rows)])
+
+
+def in_columns(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Lay cells out for a terminal: the first column to the left, the others to the right, a rule under line 1."""
+    label_width, *widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = [
         "  ".join([label.ljust(label_width), *(text.rjust(width) for text, width in zip(texts, widths, strict=True))])
         for label, *texts in grid
     ]
-    return "\n".join(line.rstrip() for line in [lines[0], "─" * len(lines[0]), *lines[1:], *_footnotes(table_rows)])
+    return [line.rstrip() for line in [lines[0], "─" * len(lines[0]), *lines[1:]]]
 
 
 def as_markdown(table_rows: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,11 @@ as the baseline's (Dubois et al., arXiv:2404.04475, section 3), fitted from the 
 where this differs from the official fit.
 """
 
+import gzip
+import itertools
+import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +20,12 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
 from srlm_core.errors import DataError
-from srlm_core.summary import spell
+from srlm_core.summary import in_columns, spell
 
 SAMPLES = 100
 """Bootstrap samples behind the error of a length-controlled rate."""
+UNBOUNDED = 15.0
+"""A coefficient beyond it is a fit that found none: a step of one feature would change the odds three million times."""
 
 
 class WinRate(NamedTuple):
@@ -96,33 +102,34 @@ _NEEDED = (("model", "generator_2"), ("instruction_index", "instruction"), ("pre
 
 def _rows(path: Path) -> list[dict[Any, Any]]:
     try:
-        table = _read_csv(path) if ".json" not in path.suffixes else pd.read_json(path)
+        if ".json" not in path.suffixes:
+            # as text: an index stays as it is written, and NA may be a name
+            return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        rows = json.loads((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("JSON that is no list of objects")
+        return rows
     except (OSError, ValueError) as error:
         raise DataError(
-            f"expected annotations as CSV (.csv, .csv.gz) or JSON (.json) in {path}, got: {error}. Check the file."
+            f"expected annotations as CSV (.csv) or JSON (.json), also .gz, in {path}, got: {error}. Check the file."
         ) from error
-    return table.to_dict("records")
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)  # an index stays as it is written, and NA is a name
 
 
 def _named(path: Path, rows: Sequence[Mapping[Any, Any]], *names: str) -> str:
+    there = dict.fromkeys(itertools.chain.from_iterable(rows))
     for name in names:
-        if rows and name in rows[0]:
+        if name in there:
             return name
-    there = ", ".join(map(str, rows[0])) if rows else "no row"
-    raise DataError(f"expected a column {' or '.join(names)} in {path}, got {there}.")
+    raise DataError(f"expected a column {' or '.join(names)} in {path}, got {', '.join(map(str, there)) or 'no row'}.")
 
 
 def _verdict(row: Mapping[Any, Any], model: str, instruction: str, preference: str) -> Verdict | str:
     """Read one row, or say why it cannot be used."""
-    if _absent(row[model]) or _absent(row[instruction]):
+    if _absent(row.get(model)) or _absent(row.get(instruction)):
         return "no model or no instruction"
-    said = _number(row[preference])
+    said = _number(row.get(preference))
     if said == 0:
-        said = 1.5  # AlpacaEval 1 wrote a draw as 0
+        said = 1.5  # AlpacaEval's other way to write a draw
     if said is None or not 1 <= said <= 2:
         return "preference is no number from 1 to 2"
     base, own = _length(row, 1), _length(row, 2)
@@ -223,24 +230,32 @@ def _length_controlled(
         return None, None
     spread = longer.std()
     features = np.column_stack([np.tanh(longer / spread) if spread else np.zeros(len(longer)), hard])
+    level = at_equal_length(features, won)
+    if level is None:
+        return None, None
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(0, len(won), len(won)) for _ in range(samples))
-    again = [at_equal_length(features[sample], won[sample]) for sample in drawn]
-    return 100 * at_equal_length(features, won), 100 * float(np.std(again)) if again else None
+    again = [found for sample in drawn if (found := at_equal_length(features[sample], won[sample])) is not None]
+    # an error over the samples that have a solution would leave out the widest ones
+    return 100 * level, 100 * float(np.std(again)) if samples and len(again) == samples else None
 
 
-def at_equal_length(features: np.ndarray, won: np.ndarray) -> float:
+def at_equal_length(features: np.ndarray, won: np.ndarray) -> float | None:
     """Fit P(win) = sigmoid(theta + phi * length + psi * difficulty) and return its mean at length 0.
 
-    `features` [n, 2]: tanh of the standardised length difference, and the difficulty. `won` [n] in [0, 1].
+    `features` [n, 2]: tanh of the standardised length difference, and the difficulty. `won` [n] in [0, 1]. Null where
+    length or difficulty tell wins from losses without an error: then no finite phi or psi fits best.
     """
-    # A verdict of 0.7 is a win of weight 0.7 and a loss of weight 0.3
-    fit = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-9)
-    both, outcome = np.vstack([features, features]), np.repeat([1, 0], len(won))
-    weights = np.concatenate([won, 1 - won])
-    if not weights[: len(won)].any() or not weights[len(won) :].any():
+    if won.min() == won.max() in (0, 1):
         return float(won.mean())  # it won or lost everything: no length explains that
-    fit.fit(both, outcome, sample_weight=weights)
+    fit = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-9, max_iter=1000)
+    # A verdict of 0.7 is a win of weight 0.7 and a loss of weight 0.3
+    both, outcome = np.vstack([features, features]), np.repeat([1, 0], len(won))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is seen by its result
+        fit.fit(both, outcome, sample_weight=np.concatenate([won, 1 - won]))
+    if not np.isfinite(fit.coef_).all() or np.abs(fit.coef_).max() > UNBOUNDED:
+        return None
     level = features.copy()
     level[:, 0] = 0
     return float(fit.predict_proba(level)[:, 1].mean())
@@ -259,14 +274,7 @@ def as_text(found: Annotations, measured: Mapping[str, WinRate]) -> str:
         plain = spell(rate.win_rate, rate.win_rate_stderr)
         controlled = spell(rate.length_controlled_win_rate, rate.length_controlled_win_rate_stderr)
         grid.append([model, str(rate.n), plain, controlled, spell(rate.mean_length, form=".0f")])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in grid
-    ]
     against = f"Against {found.baseline}; " if found.baseline else ""
     notes = [f"{against}± is one standard error."]
     notes += [f"{count} row(s) set aside: {reason}." for reason, count in found.set_aside.items()]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:], *notes])
+    return "\n".join([*in_columns(grid), *notes])

@@ -62,6 +62,18 @@ def test_a_model_that_wins_or_loses_all_is_that_at_any_length():
     assert found["n"].length_controlled_win_rate == 0
 
 
+def test_where_length_tells_wins_from_losses_without_an_error_no_rate_is_made_up():
+    found = winrate.win_rates(games((400, 5, 5), (-400, 5, 0)), samples=5)["m"]
+    assert found.win_rate == 50
+    assert found.length_controlled_win_rate is None
+    assert found.length_controlled_win_rate_stderr is None
+
+
+def test_an_error_is_not_made_up_of_the_samples_that_happen_to_have_a_solution():
+    found = winrate.win_rates(games((400, 2, 2), (-400, 2, 1)), samples=50)["m"]
+    assert found.length_controlled_win_rate_stderr is None
+
+
 @given(st.integers(0, 2**31), st.floats(-2, 2))
 def test_where_length_decides_nothing_control_changes_little(seed, theta):
     rng = np.random.default_rng(seed)
@@ -142,6 +154,7 @@ def test_what_cannot_be_used_is_counted_and_never_becomes_a_verdict(tmp_path):
     [
         ("a,b\n1,2\n", "expected a column model or generator_2"),
         ("", "expected annotations as CSV"),
+        ("model,instruction,preference\n", "got no row"),
         ("model,instruction,preference\nm,1,none\n", "no row that can be used"),
         ("model,instruction,preference,generator_1\nm,1,2,a\nm,2,2,b\n", "expected one baseline"),
     ],
@@ -151,6 +164,22 @@ def test_a_file_of_another_kind_says_what_was_expected(tmp_path, text, told):
     path.write_bytes(gzip.compress(text.encode()))
     with pytest.raises(DataError, match=told):
         winrate.read(path)
+
+
+def test_json_of_another_kind_says_what_was_expected(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"m": 1}')
+    with pytest.raises(DataError, match="no list of objects"):
+        winrate.read(path)
+
+
+def test_rows_need_not_all_have_every_field(tmp_path):
+    path = tmp_path / "a.json"
+    told = {"model": "m", "instruction": "007", "preference": 2}
+    path.write_text(json.dumps([{"model": "m", "instruction": "1"}, told]))
+    found = winrate.read(path)
+    assert [verdict.instruction for verdict in found.verdicts] == ["007"]
+    assert found.set_aside == {"preference is no number from 1 to 2": 1}
 
 
 def test_without_lengths_there_is_no_controlled_rate(tmp_path):
