@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
@@ -38,16 +37,16 @@ def words(text: str) -> list[str]:
 class Similarity:
     """ROUGE-L F of one text against many: 2 LCS / (m + n) over words, exact.
 
-    Few are compared: a common subsequence is no longer than the words that two texts share in any order, and an index
-    by word counts those for all texts at once.
+    Few are compared, and the others not even looked at: a similar text holds one of the new one's rarest words, and an
+    index by length and word says which texts do.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._alphabet: dict[str, str] = {}
         self._kept: list[tuple[str, str]] = []
-        self._lengths = array("I")
-        self._holders: defaultdict[str, array[int]] = defaultdict(lambda: array("I"))
+        self._frequency: Counter[str] = Counter()
+        self._holders: defaultdict[int, defaultdict[str, array[int]]] = defaultdict(_places_by_word)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -60,37 +59,44 @@ class Similarity:
         """Remember a text; `label` names it when another is too similar."""
         encoded = self._encode(text)
         for word in set(encoded):
-            self._holders[word].append(len(self._kept))
+            self._holders[len(encoded)][word].append(len(self._kept))
+            self._frequency[word] += 1
         self._kept.append((encoded, label))
-        self._lengths.append(len(encoded))
 
     def forget(self, size: int) -> None:
         """Forget all texts but the first `size`."""
         while len(self._kept) > size:
             encoded, _ = self._kept.pop()
-            self._lengths.pop()
             for word in set(encoded):
-                self._holders[word].pop()
+                self._holders[len(encoded)][word].pop()
+                self._frequency[word] -= 1
 
     def nearest(self, text: str) -> str | None:
         """Return the label of the first remembered text whose similarity is above the threshold, or None."""
         new = self._encode(text)
-        # F > threshold means LCS > threshold (m + n) / 2; LCS is whole, so that rounding hides below a billionth
-        needed = self.threshold * (len(new) + np.frombuffer(self._lengths, np.uint32)) / 2 + 1e-9
-        for place in np.flatnonzero(self._shared(new) > needed):
+        by_rarity = sorted(new, key=self._frequency.__getitem__)
+        places: list[int] = []
+        for length, holders in self._holders.items():
+            least = self._least(len(new), length)
+            if least <= min(len(new), length):
+                # a common subsequence of `least` words leaves out too few to miss all of these
+                rare = by_rarity[: len(new) - least + 1]
+                places += set().union(*(holders[word] for word in rare if word in holders))
+        for place in sorted(places):
             old, label = self._kept[place]
-            least = math.floor(needed[place]) + 1
+            least = self._least(len(new), len(old))
             if LCSseq.similarity(new, old, score_cutoff=least) >= least:
                 return label
         return None
 
-    def _shared(self, new: str) -> np.ndarray:
-        """Count, for each remembered text, the words of the new one that it holds: at least their LCS."""
-        shared = np.zeros(len(self._kept), np.uint32)
-        for word, count in Counter(new).items():
-            if word in self._holders:
-                shared[np.frombuffer(self._holders[word], np.uint32)] += count
-        return shared
+    def _least(self, m: int, n: int) -> int:
+        """Return the shortest LCS by which texts of m and n words are too similar: 2 LCS / (m + n) > threshold."""
+        # it is a whole number, so that rounding hides below a billionth
+        return math.floor(self.threshold * (m + n) / 2 + 1e-9) + 1
+
+
+def _places_by_word() -> "defaultdict[str, array[int]]":
+    return defaultdict(lambda: array("I"))
 
 
 def rouge_l(a: str, b: str) -> float:
