@@ -7,7 +7,8 @@ from typing import NamedTuple
 from rapidfuzz.distance import LCSseq
 
 from benchmarks.sides import Comparison, allowed, in_turn, say, stopwatch
-from srlm_core import data, prompts
+from srlm_core import data
+from srlm_core.similarity import Similarity, words
 
 THRESHOLD = 0.7
 
@@ -55,7 +56,7 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
 def indexed(texts: list[str]) -> list[bool]:
     """Say of each text whether the project's filter keeps it."""
-    similarity = prompts.Similarity(THRESHOLD)
+    similarity = Similarity(THRESHOLD)
     kept = []
     for text in texts:
         kept.append(similarity.nearest(text) is None)
@@ -68,7 +69,7 @@ def plain(texts: list[str]) -> list[bool]:
     """Say it by the definition."""
     kept: list[list[str]] = []
     decisions = []
-    for new in map(prompts.words, texts):
+    for new in map(words, texts):
         shared = ((2 * LCSseq.similarity(old, new), len(old) + len(new)) for old in kept)
         decisions.append(all(both <= THRESHOLD * total + 1e-9 for both, total in shared))
         if decisions[-1]:
@@ -80,17 +81,17 @@ def candidates(n: int, seed: int) -> list[str]:
     """Make texts like a model's new tasks: chains of word pairs of the shipped instructions, some nearly repeated."""
     rng = random.Random(seed)
     follows: defaultdict[str, list[str]] = defaultdict(list)
-    for row in data.load(data.SEED / "instructions.jsonl", data.check_example).rows:
+    for row in data.load(data.SEED / "instructions.jsonl", "examples").rows:
         for first, second in zip(["", *row["instruction"].split()], [*row["instruction"].split(), ""], strict=True):
             follows[first].append(second)
     made: list[str] = []
     while len(made) < n:
         if made and rng.random() < 0.2:
-            words = rng.choice(made).split()
-            words[rng.randrange(len(words))] = rng.choice(list(follows))
+            chain = rng.choice(made).split()
+            chain[rng.randrange(len(chain))] = rng.choice(list(follows))
         else:
-            words = [rng.choice(follows[""])]
-            while words[-1] and len(words) < 40:
-                words.append(rng.choice(follows[words[-1]]))
-        made.append(" ".join(words).strip())
+            chain = [rng.choice(follows[""])]
+            while chain[-1] and len(chain) < 40:
+                chain.append(rng.choice(follows[chain[-1]]))
+        made.append(" ".join(chain).strip())
     return made

@@ -129,7 +129,7 @@ def lessons(kind: str, size: Size) -> Any:
         for group in few
         for response in group["responses"]
     }
-    examples = data.load(data.SEED / "instructions.jsonl", data.check_example).rows
+    examples = data.load(data.SEED / "instructions.jsonl", "examples").rows
     rows = random.Random(0).sample(examples, size.rows - 4 * len(few))
     return pa.concat_tables([training.ift_examples(rows), training.eft_examples(few, asked, "score")])
 
@@ -155,7 +155,7 @@ def _groups() -> list[dict[str, Any]]:
             group["responses"] = [r for r in group["responses"] if r.get("rank", r.get("quality")) is not None]
         fitting = [g for g in rows if len(g["responses"]) > 1 and _longest(g) < 1500]
         return random.Random(0).sample(fitting, len(fitting))
-    rows = data.load(data.SEED / "ranked.jsonl", data.check_judged_group).rows
+    rows = data.load(data.SEED / "ranked.jsonl", "groups", check=data.check_judged).rows
     return random.Random(0).sample(rows, len(rows))
 
 

@@ -32,7 +32,7 @@ def filled(config: EngineConfig) -> EngineConfig:
 
 def instructions() -> list[str]:
     """Read the shipped instructions."""
-    return [row["instruction"] for row in data.load(data.SEED / "instructions.jsonl", data.check_example).rows]
+    return [row["instruction"] for row in data.load(data.SEED / "instructions.jsonl", "examples").rows]
 
 
 def requests(n: int, max_tokens: int, seed: int, *, top_p: float = 0.9) -> list[Request]:

@@ -157,6 +157,9 @@ def evaluate(
     recipe: str = "self_rewarding",
     size: Size = None,
     sets: Sets = [],  # noqa: B006 - as in `run`
+    ranked: Annotated[
+        str | None, typer.Option(help="Only how it judges this file of rankings or labelled pairs, all of it.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the evaluation.")] = None,
     root: Root = RUNS,
     as_json: AsJson = False,
@@ -164,10 +167,18 @@ def evaluate(
     """Measure any model as judge and as policy, with the recipe's evaluation settings."""
     from flows.running import evaluate_model
 
+    if ranked:
+        sets = [f"seed_data.heldout={json.dumps(_absolute(ranked))}", "evaluation.heldout_groups=null", *sets]
+    usual = f"evaluate-{Path(model).name}" + (f"-{Path(ranked).name.split('.')[0]}" if ranked else "")
     results = evaluate_model(
-        _load(recipe, size, sets, model, None), name or f"evaluate-{Path(model).name}", root, model
+        _load(recipe, size, sets, model, None), name or usual, root, model, judging_only=ranked is not None
     )
     typer.echo(json.dumps(results, indent=2) if as_json else _spell(results))
+
+
+def _absolute(file: str) -> str:
+    path = Path(file).expanduser()
+    return str(path.resolve()) if path.exists() else file  # else a dataset of the hub
 
 
 def _spell(results: dict[str, Any], indent: str = "") -> str:
@@ -190,6 +201,19 @@ def _figure(value: Any) -> str:
     if value is None:
         return "not measured"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+@app.command("data")
+def data_(
+    file: Annotated[str, typer.Argument(help="A file (also .gz), a dataset's folder, or a dataset of the hub.")],
+    language: Annotated[str, typer.Option(help="Taken where the rows say theirs.")] = "en",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a file holds, what would be taken of it, and what was set aside, and why."""
+    from srlm_core import sources
+
+    found = sources.read(file, language=language)
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else sources.as_text(found))
 
 
 @app.command()

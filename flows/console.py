@@ -84,7 +84,7 @@ class Console:
         self.say(text)
 
     def _on_set_aside(self, file: str, count: int, where: str) -> None:
-        self.say(f"{count} lines of the {file} file could not be read and are set aside in {where}")
+        self.say(f"{count} rows of the {file} file are not used; each with its reason: {where}")
 
     def _on_shards(self, stage: str, iteration: int, total: int) -> None:
         if self._terminal.is_terminal:

@@ -151,8 +151,10 @@ def _git() -> str | None:
     return done.stdout.strip() or None
 
 
-def evaluate_model(config: RunConfig, name: str, root: Path, model: str) -> dict[str, Any]:
-    """Measure one model outside a campaign's loop; resumable like one."""
+def evaluate_model(
+    config: RunConfig, name: str, root: Path, model: str, *, judging_only: bool = False
+) -> dict[str, Any]:
+    """Measure one model outside a campaign's loop, or only how it judges; resumable like one."""
     from flows.console import Console
 
     quiet()
@@ -162,4 +164,5 @@ def evaluate_model(config: RunConfig, name: str, root: Path, model: str) -> dict
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         run = loop.Run(config, campaign, executor, backend, [console])
-        return loop.evaluate_one(run, backend.frozen(model)._replace(name=Path(model).name))
+        measured = backend.frozen(model)._replace(name=Path(model).name)
+        return loop.evaluate_one(run, measured, judging_only=judging_only)

@@ -75,19 +75,22 @@ class SeedDataConfig(Settings):
     """What M1 is trained from (section 2.1, 'Seed instruction following data' and 'Seed LLM-as-a-Judge data')."""
 
     ift: str = "seed"
-    """Instruction-response file (JSON lines: instruction, response), or `seed` = the corpus that ships."""
+    """File or dataset of instructions with responses (`srlm data` shows what is taken), or `seed` = what ships."""
     eft: str = "seed"
-    """Ranked groups with written judgments (JSON lines), or `seed`."""
+    """File of ranked groups with a score and a written judgment for each response, or `seed`."""
     heldout: str = "seed"
-    """Ranked groups that only measure the judge, or `seed`."""
+    """File or dataset of ranked groups that only measure the judge, or `seed`."""
     evaluation: str = "seed"
-    """Prompts that only measure the policy (JSON lines: prompt), or `seed`."""
+    """File or dataset of prompts that only measure the policy, or `seed`."""
     ift_kinds: tuple[str, ...] = ()
     """Use IFT rows of these kinds only; empty = all."""
     ift_rows: int | None = Field(default=None, ge=1)
     """Use this many IFT rows, spread over the kinds; null = all."""
     eft_groups: int | None = Field(default=None, ge=1)
     """Use this many EFT groups, spread over the kinds; null = all."""
+    keep_out: tuple[str, ...] = ()
+    """More files or datasets whose prompts measure (AlpacaEval, MT-Bench, IFEval, …): like `heldout` and `evaluation`,
+    neither they nor near copies of them are trained on."""
     eft_form: Literal["justified", "score"] = "justified"
     """What EFT teaches: justification then score line (the paper), or the score line alone (for the reading
     `expected` without justification)."""

@@ -1,25 +1,19 @@
-"""Reading what the user brings: prompts, instruction-response rows, ranked groups; and the seed corpus.
+"""What a campaign reads of the user's files and of the seed corpus: examples, ranked groups, prompts.
 
-A malformed line is set aside with its reason and the rest goes on; a file with no good line is an error.
+A row that cannot be used is set aside with its reason and the rest goes on; a file with no good row is an error.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from srlm_core import sources
 from srlm_core.errors import ConfigError, DataError
+from srlm_core.sources.forms import SetAside
 from srlm_core.store import digest
 
 SEED = Path(__file__).parent / "seed"
-
-
-class SetAside(NamedTuple):
-    """A line that could not be used."""
-
-    line: int
-    reason: str
-    text: str
 
 
 class Loaded(NamedTuple):
@@ -31,93 +25,54 @@ class Loaded(NamedTuple):
     """Hash of the good rows: part of the fingerprint of what is made from them."""
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def load(
+    where: str | Path,
+    take: Literal["examples", "groups", "prompts"],
+    *,
+    check: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
+) -> Loaded:
+    """Read what is wanted of a file or dataset; `check` says what is wrong with a row.
+
+    Raises DataError where no row is good.
+    """
+    source = sources.read(str(where))
+    told = [(row, check(row)) for row in getattr(source, take)]
+    aside = source.set_aside + [SetAside(0, wrong, str(row)[:300]) for row, wrong in told if wrong]
+    rows = [row for row, wrong in told if not wrong]
+    if not rows:
+        seen = f"{source.n_rows} row(s) of {source.form or 'no known form'}" if source.n_rows else "an empty file"
+        why = f"; row {aside[0].line}: {aside[0].reason}" if aside else ""
+        raise DataError(f"expected {take} in {where}, got {seen}{why}. `srlm data {where}` shows what it holds.")
+    return Loaded(rows, aside, digest(rows))
 
 
-def check_prompt(row: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a prompt row: {"prompt": text}."""
-    return None if _is_text(row.get("prompt")) else "expected a non-empty text under 'prompt'"
+def named(name: str, seed_file: str) -> str:
+    """Return where to read: what the user names, or the seed corpus' own file for `seed`."""
+    return str(SEED / seed_file) if name == "seed" else name
 
 
-def check_example(row: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with an instruction-response row."""
-    for key in ("instruction", "response"):
-        if not _is_text(row.get(key)):
-            return f"expected a non-empty text under {key!r}"
-    return None
-
-
-def check_group(row: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a ranked group: {"prompt", "responses": [{"text", "rank", …}, …]}, rank 0 = best."""
-    if not _is_text(row.get("prompt")):
-        return "expected a non-empty text under 'prompt'"
-    responses = row.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2:
-        return "expected a list of two or more under 'responses'"
-    for response in responses:
-        if not isinstance(response, dict) or not _is_text(response.get("text")):
-            return "expected a non-empty 'text' in each response"
-        if not isinstance(response.get("rank"), int):
-            return "expected a whole number 'rank' in each response (0 = best)"
-    return None
-
-
-def check_judged_group(row: Mapping[str, Any]) -> str | None:
+def check_judged(group: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a ranked group that teaches judging: each response has a 'score' and a 'judgment'."""
-    wrong = check_group(row)
-    if wrong:
-        return wrong
-    for response in row["responses"]:
+    for response in group["responses"]:
         if not isinstance(response.get("score"), int | float) or not 0 <= response["score"] <= 5:
             return "expected a 'score' from 0 to 5 in each response"
-        if not _is_text(response.get("judgment")):
+        if not isinstance(response.get("judgment"), str) or not response["judgment"].strip():
             return "expected a written 'judgment' in each response"
     return None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"expected a readable file at {path}, got: {error.strerror}. Check the path.") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"expected UTF-8 text in {path}, got byte {raw[error.start]:#04x} at offset {error.start}. "
-            f"Convert it, e.g. `iconv -f latin1 -t utf-8 {path.name}`."
-        ) from error
-    # not splitlines(): JSON strings may hold U+2028 and its like
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line.strip("\r")
+def asked(row: Mapping[str, Any]) -> list[str]:
+    """Return what a person asked in a row: of a conversation, each turn."""
+    turns = row.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return turns
+    return [row["prompt"] if "prompt" in row else row["instruction"]]
 
 
-def load(path: Path, check: Callable[[Mapping[str, Any]], str | None]) -> Loaded:
-    """Read a JSON-lines file (or, for .txt, one prompt a line). Raises DataError if nothing in it can be used."""
-    rows: list[dict[str, Any]] = []
-    aside: list[SetAside] = []
-    for number, line in _lines(path):
-        try:
-            row = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
-        except ValueError as error:
-            aside.append(SetAside(number, f"not JSON: {error}", line))
-            continue
-        wrong = check(row) if isinstance(row, dict) else f"expected an object, got {type(row).__name__}"
-        if wrong:
-            aside.append(SetAside(number, wrong, line))
-        else:
-            rows.append(row)
-    if not rows:
-        seen = f"{len(aside)} lines, none usable; line {aside[0].line}: {aside[0].reason}" if aside else "an empty file"
-        raise DataError(f"expected rows in {path}, got {seen}.")
-    return Loaded(rows, aside, digest(rows))
-
-
-def load_named(name: str, seed_file: str, check: Callable[[Mapping[str, Any]], str | None]) -> Loaded:
-    """Read a user's file, or the seed corpus' own where the name is `seed`."""
-    return load(SEED / seed_file if name == "seed" else Path(name).expanduser(), check)
+def attacks() -> list[dict[str, Any]]:
+    """Read the shipped responses that try to win a score: {"form", "prompt", "response", "attack"}."""
+    lines = (SEED / "attacks.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def of_kinds(rows: Sequence[dict[str, Any]], kinds: Sequence[str], setting: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Every rate has its n and standard error; ties and unreadable judgments are count
 orders and a disagreement is a tie. Definitions: arXiv:2401.10020 section 3.2 and table 4; tie rules are ours.
 """
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from srlm_core.engines.protocol import Engine, Request
 from srlm_core.store import digest
 
 VERSION = 1
+NEAR = 0.2
+"""Two responses are of nearly equal length where the shorter lacks at most this share of the longer's characters."""
 
 
 class Rate(NamedTuple):
@@ -55,6 +58,10 @@ class GroupMeasure(NamedTuple):
     correct: int
     ties: int
     longer_correct: float
+    n_near: int
+    near_correct: int
+    n_level: int
+    level_longer: float
     exact: bool | None
     spearman: float | None
     kendall: float | None
@@ -65,12 +72,18 @@ class GroupMeasure(NamedTuple):
 def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
     """Compare a judge's scores with the ranking of one prompt's responses.
 
-    Pairs in which a score is missing, or whose ranks are equal, are left out. Scores 5, 4, 4, best first:
-    2 of 3 pairs correct, 1 tie, not exact, Spearman 0.866, tau-b 0.816.
+    Pairs in which a score is missing are left out, and those of equal rank show the pull of length alone. Scores
+    5, 4, 4, best first: 2 of 3 pairs correct, 1 tie, not exact, Spearman 0.866, tau-b 0.816.
     """
-    pairs = [(a, b) for i, a in enumerate(group) for b in group[i + 1 :] if a.rank != b.rank]
-    better_first = [(a, b) if a.rank < b.rank else (b, a) for a, b in pairs]
-    read = [(a, b, a.score - b.score) for a, b in better_first if a.score is not None and b.score is not None]
+    pairs = itertools.combinations(sorted(group, key=lambda response: response.rank), 2)
+    scored_pairs = [(a, b, a.score - b.score) for a, b in pairs if a.score is not None and b.score is not None]
+    read = [(a, b, margin) for a, b, margin in scored_pairs if a.rank < b.rank]
+    near = [margin for a, b, margin in read if abs(a.length - b.length) <= NEAR * max(a.length, b.length)]
+    level = [
+        margin if a.length > b.length else -margin
+        for a, b, margin in scored_pairs
+        if a.rank == b.rank and a.length != b.length
+    ]
     scored = [response for response in group if response.score is not None]
     full = [response for response in scored if response.score == 5]
     best = min(response.rank for response in group)
@@ -82,6 +95,10 @@ def measure_group(group: Sequence[Ranked]) -> GroupMeasure:
         correct=sum(margin > 0 for _, _, margin in read),
         ties=sum(margin == 0 for _, _, margin in read),
         longer_correct=sum(0.5 if a.length == b.length else float(a.length > b.length) for a, b, _ in read),
+        n_near=len(near),
+        near_correct=sum(margin > 0 for margin in near),
+        n_level=len(level),
+        level_longer=sum(0.5 if margin == 0 else float(margin > 0) for margin in level),
         exact=exact,
         spearman=spearman,
         kendall=kendall,
@@ -107,7 +124,9 @@ def measure_judge(groups: Sequence[Sequence[Ranked]], *, samples: int, seed: int
     """Return the paper's five figures and what stands beside them, with prompt-level bootstrap errors.
 
     Ties count as wrong in the headline; undefined correlations count as 0 in it, with the mean over the defined
-    ones and their number beside.
+    ones and their number beside. `longer_accuracy` is what always taking the longer response would reach on the same
+    pairs, `pairwise_accuracy_near_length` the judge's on those whose lengths hardly tell (NEAR), and
+    `longer_preferred_at_equal_rank` how often it scores the longer of two equally ranked higher (0.5: no pull).
     """
     measured = [measure_group(group) for group in groups]
     sums: dict[str, Callable[[Sequence[GroupMeasure]], tuple[float, int]]] = {
@@ -116,6 +135,8 @@ def measure_judge(groups: Sequence[Sequence[Ranked]], *, samples: int, seed: int
         "pairwise_accuracy_no_ties": lambda m: (sum(g.correct for g in m), sum(g.n_pairs - g.ties for g in m)),
         "tie_rate": lambda m: (sum(g.ties for g in m), sum(g.n_pairs for g in m)),
         "longer_accuracy": lambda m: (sum(g.longer_correct for g in m), sum(g.n_pairs for g in m)),
+        "pairwise_accuracy_near_length": lambda m: (sum(g.near_correct for g in m), sum(g.n_near for g in m)),
+        "longer_preferred_at_equal_rank": lambda m: (sum(g.level_longer for g in m), sum(g.n_level for g in m)),
         "exact_match": lambda m: (sum(g.exact or 0 for g in m), sum(g.exact is not None for g in m)),
         "five_best": lambda m: (sum(g.full_and_best for g in m), sum(g.n_full for g in m)),
         "spearman": lambda m: (sum(g.spearman or 0 for g in m), len(m)),
@@ -144,14 +165,9 @@ def _bootstrapped(
 
 
 def group_tasks(groups: Iterable[Mapping[str, Any]]) -> list[judgments.Task]:
-    """Lay out ranked groups for the judge, all responses of a prompt together."""
-    return [
-        judgments.Task(
-            response_key(group["prompt"], response["text"]), digest(group["prompt"]), group["prompt"], response["text"]
-        )
-        for group in groups
-        for response in group["responses"]
-    ]
+    """Lay out ranked groups for the judge, all responses of a prompt together; what stands twice is judged once."""
+    asked = dict.fromkeys((group["prompt"], response["text"]) for group in groups for response in group["responses"])
+    return [judgments.Task(response_key(prompt, text), digest(prompt), prompt, text) for prompt, text in asked]
 
 
 def response_key(prompt: str, text: str) -> str:
@@ -268,7 +284,7 @@ def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
     answers = [{row["prompt_id"]: row for row in side.to_pylist() if row["index"] == 0} for side in (a, b)]
     return [
         Match(
-            row["prompt_id"], judgments.conversation(row["messages"]),
+            row["prompt_id"], schemas.conversation(row["messages"]),
             answers[0][row["prompt_id"]]["response_id"], answers[0][row["prompt_id"]]["response"],
             answers[1][row["prompt_id"]]["response_id"], answers[1][row["prompt_id"]]["response"],
         )

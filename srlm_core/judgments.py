@@ -120,15 +120,8 @@ class Task(NamedTuple):
 
 def tasks(prompts: pa.Table, responses: Iterable[Mapping[str, Any]]) -> list[Task]:
     """Join responses to their prompts; responses of one prompt stay together, so the judge reads it once."""
-    asked = {row["prompt_id"]: conversation(row["messages"]) for row in prompts.to_pylist()}
+    asked = {row["prompt_id"]: schemas.conversation(row["messages"]) for row in prompts.to_pylist()}
     return [Task(row["response_id"], row["prompt_id"], asked[row["prompt_id"]], row["response"]) for row in responses]
-
-
-def conversation(messages: Sequence[Mapping[str, str]]) -> str:
-    """Write a conversation for the judge: a single turn as it is, several with their speakers."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"[{message['role']}] {message['content']}" for message in messages)
 
 
 class _Pass(NamedTuple):

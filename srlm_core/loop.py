@@ -3,6 +3,7 @@
 M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
+import itertools
 import logging
 import shutil
 import time
@@ -17,13 +18,13 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import data, evaluation, judgments, prompts, responses, schemas, settings, store, training
+from srlm_core import contamination, data, evaluation, judgments, prompts, responses, schemas, settings, store, training
 from srlm_core.backend import Backend, Model
 from srlm_core.config import DpoConfig, RunConfig, SftConfig
 from srlm_core.engines.on_demand import OnDemand, Usage
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
-from srlm_core.errors import NothingLeft
+from srlm_core.errors import DataError, NothingLeft
 from srlm_core.executor import Executor, Pending, Work
 from srlm_core.methods import METHODS
 from srlm_core.methods.record import Shard, Step
@@ -139,30 +140,29 @@ class SeedData(NamedTuple):
     evaluation: list[dict[str, Any]]
     attacks: list[dict[str, Any]]
     own_prompts: list[str]
+    measuring: list[str]
+    """Prompts that must never be trained on: also those of which this campaign measures only a part."""
     set_aside: dict[str, list[data.SetAside]]
     identities: dict[str, str]
 
-    @property
-    def measuring(self) -> list[str]:
-        """Prompts that must never be trained on."""
-        rows = [*self.heldout, *self.evaluation, *self.attacks]
-        return [row["prompt"] for row in rows]
-
 
 def load_seed(config: RunConfig) -> SeedData:
-    """Read the seed data; malformed lines are set aside, a file without a good line raises DataError."""
+    """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError."""
     seed, wanted = config.seed_data, config.evaluation
     loaded = {
-        "ift": data.load_named(seed.ift, "instructions.jsonl", data.check_example),
-        "eft": data.load_named(seed.eft, "ranked.jsonl", data.check_judged_group),
-        "heldout": data.load_named(seed.heldout, "heldout.jsonl", data.check_group),
-        "evaluation": data.load_named(seed.evaluation, "evaluation.jsonl", data.check_prompt),
-        "attacks": data.load(data.SEED / "attacks.jsonl", data.check_prompt),
+        "ift": data.load(data.named(seed.ift, "instructions.jsonl"), "examples"),
+        "eft": data.load(data.named(seed.eft, "ranked.jsonl"), "groups", check=data.check_judged),
+        "heldout": data.load(data.named(seed.heldout, "heldout.jsonl"), "groups"),
+        "evaluation": data.load(data.named(seed.evaluation, "evaluation.jsonl"), "prompts"),
     }
-    own: list[str] = []
     if config.prompts.file:
-        loaded["prompts"] = data.load(Path(config.prompts.file).expanduser(), data.check_prompt)
-        own = list(dict.fromkeys(row["prompt"].strip() for row in loaded["prompts"].rows))
+        loaded["prompts"] = data.load(config.prompts.file, "prompts")
+    attacks = data.attacks()
+    others = {name: data.load(name, "prompts").rows for name in seed.keep_out}
+    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks, **others}
+    measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
+    loaded |= _without_copies(loaded, contamination.Watch(measuring))
+    own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
     ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
     shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
     return SeedData(
@@ -171,11 +171,26 @@ def load_seed(config: RunConfig) -> SeedData:
         eft=data.spread(loaded["eft"].rows, seed.eft_groups),
         heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
         evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
-        attacks=loaded["attacks"].rows if wanted.attacks else [],
-        own_prompts=own,
+        attacks=attacks if wanted.attacks else [],
+        own_prompts=list(dict.fromkeys(own)),
+        measuring=list(dict.fromkeys(itertools.chain.from_iterable(measuring.values()))),
         set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
-        identities={name: file.identity for name, file in loaded.items()},
+        identities={name: file.identity for name, file in loaded.items()}
+        | {"attacks": digest(attacks)}
+        | ({"keep_out": digest([measuring[name] for name in others])} if others else {}),
     )
+
+
+def _without_copies(loaded: Mapping[str, data.Loaded], watch: contamination.Watch) -> dict[str, data.Loaded]:
+    """Set aside what would train and is a copy of what measures. Raises DataError where nothing else is left."""
+    clean: dict[str, data.Loaded] = {}
+    for name in [name for name in ("ift", "eft", "prompts") if name in loaded]:
+        rows, copies = watch.sift(loaded[name].rows, data.asked)
+        if copies and not rows:
+            raise DataError(f"{name}: expected rows that copy nothing that measures, got none: {copies[0][1]}.")
+        aside = [data.SetAside(0, str(copy), data.asked(row)[0][:300]) for row, copy in copies]
+        clean[name] = loaded[name]._replace(rows=rows, set_aside=loaded[name].set_aside + aside)
+    return clean
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
@@ -557,8 +572,13 @@ def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     )
 
 
-def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]) -> dict[str, Pending[Made]]:
-    """Start the measurements of one model, so that they share the engine's batch with whatever else it does."""
+def _submit_evaluation(
+    run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging_only: bool = False
+) -> dict[str, Pending[Made]]:
+    """Start the measurements of one model, so that they share the engine's batch with whatever else it does.
+
+    `judging_only`: the held-out rankings alone.
+    """
     if run.config.evaluation.models == "none":
         return {}
     seed, config = run.seed_data, run.config
@@ -584,6 +604,8 @@ def _submit_evaluation(run: Run, model: Model, lend: Callable[[Model], OnDemand]
     if seed.attacks:
         attacks = evaluation.attack_tasks(seed.attacks)
         pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
+    if judging_only:
+        pieces = {"heldout": pieces["heldout"]}
     folder = run.campaign.folder / "evaluation" / model.name
     return {
         name: run.executor.submit(
@@ -648,19 +670,21 @@ def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending[Mad
         "digest": model.digest,
         "judge": evaluation.measure_judge(groups, samples=config.evaluation.bootstrap_samples, seed=config.seed),
         "judge_health": evaluation.judge_health(tables["heldout"], lengths),
-        "text_reading": evaluation.judge_health(tables["text"]),
-        "responses": evaluation.lengths_of(tables["responses"]),
     }
+    if "text" in tables:
+        results["text_reading"] = evaluation.judge_health(tables["text"])
+    if "responses" in tables:
+        results["responses"] = evaluation.lengths_of(tables["responses"])
     if "attacks" in tables:
         results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
     store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
     run.tell("evaluation", model=model.name, results=results)
 
 
-def evaluate_one(run: Run, model: Model) -> dict[str, Any]:
-    """Measure one model by itself and return its results."""
+def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:
+    """Measure one model by itself, or only how it judges, and return its results."""
     with run.phase(f"evaluating {model.name}"), run.engines() as lend:
-        _finish_evaluation(run, model, _submit_evaluation(run, model, lend))
+        _finish_evaluation(run, model, _submit_evaluation(run, model, lend, judging_only=judging_only))
     return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
 
 

@@ -7,18 +7,17 @@ Filtering goes in request order, never in arrival order, so the same completions
 import math
 import random
 import re
-from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import pyarrow as pa
-from rapidfuzz.distance import LCSseq
 
 from srlm_core import schemas
 from srlm_core.config import PromptsConfig
 from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
+from srlm_core.similarity import Similarity
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
@@ -27,83 +26,6 @@ VERSION = 1
 _FORBIDDEN = re.compile(r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
 _OPENING = "Come up with a series of tasks:\n"
 _ITEM = re.compile(r"^\s*(\d+)\s*[.)]\s*")
-
-
-def words(text: str) -> list[str]:
-    """Split as ROUGE does: lower case, letters and digits only, no stemmer."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-class Similarity:
-    """ROUGE-L F of one text against many: 2 LCS / (m + n) over words, exact.
-
-    Few are compared, and the others not even looked at: a similar text holds one of the new one's rarest words, and an
-    index by length and word says which texts do.
-    """
-
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self._alphabet: dict[str, str] = {}
-        self._kept: list[tuple[str, str]] = []
-        self._frequency: Counter[str] = Counter()
-        self._holders: defaultdict[int, defaultdict[str, array[int]]] = defaultdict(_places_by_word)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def _encode(self, text: str) -> str:
-        # one character per distinct word: the string metric then compares words at the speed of letters
-        return "".join(self._alphabet.setdefault(word, chr(0x100 + len(self._alphabet))) for word in words(text))
-
-    def add(self, text: str, label: str) -> None:
-        """Remember a text; `label` names it when another is too similar."""
-        encoded = self._encode(text)
-        for word in set(encoded):
-            self._holders[len(encoded)][word].append(len(self._kept))
-            self._frequency[word] += 1
-        self._kept.append((encoded, label))
-
-    def forget(self, size: int) -> None:
-        """Forget all texts but the first `size`."""
-        while len(self._kept) > size:
-            encoded, _ = self._kept.pop()
-            for word in set(encoded):
-                self._holders[len(encoded)][word].pop()
-                self._frequency[word] -= 1
-
-    def nearest(self, text: str) -> str | None:
-        """Return the label of the first remembered text whose similarity is above the threshold, or None."""
-        new = self._encode(text)
-        by_rarity = sorted(new, key=self._frequency.__getitem__)
-        places: list[int] = []
-        for length, holders in self._holders.items():
-            least = self._least(len(new), length)
-            if least <= min(len(new), length):
-                # a common subsequence of `least` words leaves out too few to miss all of these
-                rare = by_rarity[: len(new) - least + 1]
-                places += set().union(*(holders[word] for word in rare if word in holders))
-        for place in sorted(places):
-            old, label = self._kept[place]
-            least = self._least(len(new), len(old))
-            if LCSseq.similarity(new, old, score_cutoff=least) >= least:
-                return label
-        return None
-
-    def _least(self, m: int, n: int) -> int:
-        """Return the shortest LCS by which texts of m and n words are too similar: 2 LCS / (m + n) > threshold."""
-        # it is a whole number, so that rounding hides below a billionth
-        return math.floor(self.threshold * (m + n) / 2 + 1e-9) + 1
-
-
-def _places_by_word() -> "defaultdict[str, array[int]]":
-    return defaultdict(lambda: array("I"))
-
-
-def rouge_l(a: str, b: str) -> float:
-    """Return the ROUGE-L F measure of two texts, in [0, 1]."""
-    first, second = words(a), words(b)
-    total = len(first) + len(second)
-    return 2 * LCSseq.similarity(first, second) / total if total else 0.0
 
 
 def unusable(text: str, config: PromptsConfig) -> str | None:

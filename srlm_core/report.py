@@ -265,7 +265,7 @@ def _shift(metrics: Mapping[str, float]) -> str:
 
 
 def _set_aside(folder: Path) -> list[dict[str, Any]]:
-    """Lines of the user's files that could not be used."""
+    """Rows of the user's files that were not used."""
     files = sorted((folder / "bootstrap" / "set_aside").glob("*.json"))
     read = {path.stem: store.read_json(path) or [] for path in files}
     return [{"file": name, "count": len(rows), "rows": rows[:_SET_ASIDE_SHOWN]} for name, rows in read.items() if rows]

@@ -156,3 +156,10 @@ def conform(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 def prompt_text(messages: Sequence[Mapping[str, str]]) -> str:
     """Return the last user turn: what a short conversation asks."""
     return messages[-1]["content"]
+
+
+def conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    """Write a conversation for the judge: a single turn as it is, several with their speakers."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"[{message['role']}] {message['content']}" for message in messages)

@@ -13,7 +13,7 @@ from benchmarks.likeness import distances, dpo_loss, token_loss
 from benchmarks.loop import distinct
 from benchmarks.sides import Comparison, Side, add_rounds, in_turn, machine, require_alike
 from benchmarks.similarity import candidates, indexed, plain
-from srlm_core.prompts import rouge_l
+from srlm_core.similarity import rouge_l
 
 
 def made(**given: object) -> Comparison:

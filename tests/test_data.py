@@ -4,41 +4,41 @@ from srlm_core import data
 from srlm_core.errors import ConfigError, DataError
 
 
-def test_malformed_lines_are_set_aside_with_their_number_and_the_rest_goes_on(tmp_path):
+def test_malformed_rows_are_set_aside_with_their_number_and_the_rest_goes_on(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one"}\nnot json\n{"promt": "x"}\n[1]\n\n{"prompt": "two"}\n')
-    found = data.load(path, data.check_prompt)
+    found = data.load(path, "prompts")
     assert [row["prompt"] for row in found.rows] == ["one", "two"]
-    assert [line.line for line in found.set_aside] == [2, 3, 4]
-    assert "prompt" in found.set_aside[1].reason
+    assert [aside.line for aside in found.set_aside] == [2, 3, 4]
+    assert "got promt" in found.set_aside[1].reason
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"", "empty file"), (b"x\ny\n", "2 lines, none usable"), (b'{"prompt": "caf\xe9"}', "UTF-8")],
+    [
+        (b"", "expected prompts in .*, got an empty file"),
+        (b"x\ny\n", r"2 row\(s\) of no known form; row 1: not JSON"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9"),
+    ],
 )
-def test_a_file_without_a_good_line_is_an_error_that_says_why(tmp_path, content, told):
+def test_a_file_without_a_good_row_is_an_error_that_says_why(tmp_path, content, told):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=told):
-        data.load(path, data.check_prompt)
+        data.load(path, "prompts")
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
-        data.load(tmp_path / "nowhere.jsonl", data.check_prompt)
+        data.load(tmp_path / "nowhere.jsonl", "prompts")
 
 
-def test_a_text_file_holds_one_prompt_a_line(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text("one\n\ntwo\n")
-    assert [row["prompt"] for row in data.load(path, data.check_prompt).rows] == ["one", "two"]
-
-
-def test_a_line_separator_inside_json_does_not_cut_the_line(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
-    assert len(data.load(path, data.check_prompt).rows) == 1
+def test_rankings_without_written_judgments_cannot_teach_judging_as_they_are(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "p", "responses": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]}\n')
+    assert len(data.load(path, "groups").rows) == 1
+    with pytest.raises(DataError, match=r"1 row\(s\) of ranked groups.*expected a 'score' from 0 to 5"):
+        data.load(path, "groups", check=data.check_judged)
 
 
 def test_spreading_takes_kinds_evenly_and_keeps_the_order():

@@ -64,6 +64,28 @@ def test_the_length_baseline_counts_how_often_the_longer_is_the_better():
     assert found["longer_accuracy"]["value"] == pytest.approx(2 / 3)  # 9 < 20 wrong, 9 > 3 right, 20 > 3 right
 
 
+def test_pairs_of_nearly_equal_length_stand_apart():
+    found = evaluation.measure_judge([group(5, 4, 4, 1, lengths=[10, 8, 8, 20])], samples=10, seed=0)
+    # 10 and 8 (twice): right; 8 and 8: a tie, wrong; 20 is near none
+    assert found["pairwise_accuracy_near_length"]["value"] == pytest.approx(2 / 3)
+    assert found["pairwise_accuracy_near_length"]["n"] == 3
+    assert found["pairwise_accuracy"]["n"] == 6
+
+
+def test_the_pull_of_length_is_seen_where_people_saw_no_difference():
+    alike = [evaluation.Ranked(0, score, length) for score, length in [(3, 10), (4, 20), (4, 30), (None, 40), (5, 30)]]
+    found = evaluation.measure_judge([alike], samples=10, seed=0)
+    # 10: below 20, 30 and 30; 20: level with the first 30 (half), below the second; 30 and 30 say nothing
+    assert found["longer_preferred_at_equal_rank"]["value"] == pytest.approx(4.5 / 5)
+    assert found["longer_preferred_at_equal_rank"]["n"] == 5
+    assert found["pairwise_accuracy"]["n"] == 0
+
+
+def test_a_response_that_stands_twice_in_a_file_is_judged_once():
+    twice = {"prompt": "p", "responses": [{"text": "a", "rank": 0}, {"text": "b", "rank": 1}]}
+    assert [task.response for task in evaluation.group_tasks([twice, twice])] == ["a", "b"]
+
+
 def test_nothing_measured_is_null_not_zero():
     found = evaluation.measure_judge([group(None, None)], samples=10, seed=0)
     assert found["pairwise_accuracy"] == {"value": None, "stderr": None, "n": 0}

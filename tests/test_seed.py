@@ -5,13 +5,13 @@ import pytest
 
 from srlm_core import data
 from srlm_core.judgments import parse_verdict
-from srlm_core.prompts import Similarity
+from srlm_core.similarity import Similarity
 
-INSTRUCTIONS = data.load(data.SEED / "instructions.jsonl", data.check_example).rows
-RANKED = data.load(data.SEED / "ranked.jsonl", data.check_judged_group).rows
-HELDOUT = data.load(data.SEED / "heldout.jsonl", data.check_group).rows
-EVALUATION = data.load(data.SEED / "evaluation.jsonl", data.check_prompt).rows
-ATTACKS = data.load(data.SEED / "attacks.jsonl", data.check_prompt).rows
+INSTRUCTIONS = data.load(data.SEED / "instructions.jsonl", "examples").rows
+RANKED = data.load(data.SEED / "ranked.jsonl", "groups", check=data.check_judged).rows
+HELDOUT = data.load(data.SEED / "heldout.jsonl", "groups").rows
+EVALUATION = data.load(data.SEED / "evaluation.jsonl", "prompts").rows
+ATTACKS = data.attacks()
 
 KINDS = {
     "writing", "explanation", "reasoning", "arithmetic", "code", "extraction", "planning", "rewriting", "role play",

@@ -66,6 +66,32 @@ def test_evaluate_measures_a_model_with_errors_and_counts(campaign: Path) -> Non
     assert f"  pairwise_accuracy: {found['value']:.3f} ± {found['stderr']:.3f} (n = {found['n']})" in told
 
 
+def test_evaluate_measures_how_a_model_judges_a_file_of_rankings(campaign: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    good, bad = "Sound: nothing is left out. Sound: the steps are in order.", "Hollow: opinions differ widely."
+    rows = [{"prompt": f"What is tea number {n}?", "chosen": good, "rejected": bad} for n in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    asked = ("evaluate", campaign / "models" / "M2", "--size", "smoke", "--root", tmp_path, "--ranked", file, "--json")
+    found = json.loads(srlm(*asked))
+    assert found["judge"]["n_groups"] == 9
+    assert found["judge"]["pairwise_accuracy"]["n"] > 6  # but for what could not be read
+    assert found["judge"]["pairwise_accuracy"]["value"] > 0.7
+    assert found["judge"]["longer_accuracy"]["value"] == 1
+    assert "responses" not in found
+    assert json.loads(srlm(*asked)) == found
+
+
+def test_data_shows_what_a_file_holds_and_what_was_set_aside(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"instruction": "Add 2 and 2", "output": "4"}\n{"instruction": "Say hi", "output": ""}\nx\n')
+    found = json.loads(srlm("data", file, "--json"))
+    assert (found["form"], found["rows"], found["examples"], found["prompts"]) == ("examples", 3, 1, 1)
+    assert sum(found["set_aside"].values()) == 2
+    told = srlm("data", file)
+    assert "3 rows, examples" in told
+    assert "not JSON" in told
+
+
 def test_chat_ends_with_the_input(campaign: Path) -> None:
     told = srlm("chat", campaign / "models" / "M1", typed="What is a fjord?\n")
     assert told.startswith("you: M1: ")
