@@ -148,6 +148,8 @@ def results(folder: Path, model: str, *, half: float, digest: str | None = None)
             "pairwise_accuracy_tie_half": rate(half, 0.04, 240),
             "tie_rate": rate(0.2, 0.03, 240),
             "longer_accuracy": rate(0.52, 0.03, 240),
+            "pairwise_accuracy_near_length": rate(half - 0.05, 0.09, 31),
+            "longer_preferred_at_equal_rank": rate(None, None, 0),
             "five_best": rate(None, None, 0),
             "spearman": rate(0.3, 0.05, 40),
             "n_groups": 40,
