@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import StoreError
-from srlm_core.loop import load_seed
 from srlm_core.plan import Line, of_this_machine, plan
+from srlm_core.seed_data import load_seed
 
 DEMO_PARAMETERS, DEMO_BYTES = 134_515_008, 538_060_032
 

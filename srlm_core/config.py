@@ -77,9 +77,14 @@ class SeedDataConfig(Settings):
     ift: str = "seed"
     """File or dataset of instructions with responses (`srlm data` shows what is taken), or `seed` = what ships."""
     eft: str = "seed"
-    """File of ranked groups with a score and a written judgment for each response, or `seed`."""
+    """File or dataset of ranked groups, or `seed`."""
+    eft_targets: Literal["written", "ranked"] = "written"
+    """What the judge learns to say: `written` = the score and the judgment that stand beside each response, as in the
+    seed corpus; `ranked` = the score that the human ranking gives it, where the form is `score`."""
     heldout: str = "seed"
-    """File or dataset of ranked groups that only measure the judge, or `seed`."""
+    """File or dataset of ranked groups that only measure the judge, or `seed`; or `split`: a share of EFT's groups."""
+    heldout_share: float = Field(default=0.25, gt=0, lt=1)
+    """Share that `heldout = split` takes (section 3.1.1: 541 of 2,171)."""
     evaluation: str = "seed"
     """File or dataset of prompts that only measure the policy, or `seed`."""
     ift_kinds: tuple[str, ...] = ()
@@ -94,6 +99,15 @@ class SeedDataConfig(Settings):
     eft_form: Literal["justified", "score"] = "justified"
     """What EFT teaches: justification then score line (the paper), or the score line alone (for the reading
     `expected` without justification)."""
+
+    @model_validator(mode="after")
+    def _ranks_justify_nothing(self) -> "SeedDataConfig":
+        if self.eft_targets == "ranked" and self.eft_form == "justified":
+            raise ValueError(
+                "seed_data.eft_targets=ranked gives scores without a justification, and seed_data.eft_form is "
+                "justified. Set seed_data.eft_form=score, or give a file with written judgments."
+            )
+        return self
 
 
 class PromptsConfig(Settings):

@@ -25,11 +25,16 @@ class Loaded(NamedTuple):
     """Hash of the good rows: part of the fingerprint of what is made from them."""
 
 
+def unchecked(row: Mapping[str, Any]) -> str | None:
+    """Take a row as it is."""
+    return None
+
+
 def load(
     where: str | Path,
     take: Literal["examples", "groups", "prompts"],
     *,
-    check: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
+    check: Callable[[Mapping[str, Any]], str | None] = unchecked,
 ) -> Loaded:
     """Read what is wanted of a file or dataset; `check` says what is wrong with a row.
 

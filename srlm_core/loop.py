@@ -3,7 +3,6 @@
 M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
-import itertools
 import logging
 import shutil
 import time
@@ -18,16 +17,17 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import contamination, data, evaluation, judgments, prompts, responses, schemas, settings, store, training
+from srlm_core import evaluation, judgments, prompts, responses, schemas, settings, store, training
 from srlm_core.backend import Backend, Model
 from srlm_core.config import DpoConfig, RunConfig, SftConfig
 from srlm_core.engines.on_demand import OnDemand, Usage
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
-from srlm_core.errors import DataError, NothingLeft
+from srlm_core.errors import NothingLeft
 from srlm_core.executor import Executor, Pending, Work
 from srlm_core.methods import METHODS
 from srlm_core.methods.record import Shard, Step
+from srlm_core.seed_data import SeedData, load_seed
 from srlm_core.store import Campaign, Made, digest, materialize, part_path
 
 log = logging.getLogger("srlm")
@@ -63,7 +63,7 @@ class Run:
         return self.backend.base()
 
     @cached_property
-    def seed_data(self) -> "SeedData":
+    def seed_data(self) -> SeedData:
         return load_seed(self.config)
 
     def model(self, name: str) -> Model:
@@ -125,72 +125,6 @@ class Run:
     def add_time(self, name: str, seconds: float) -> None:
         self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
         store.write_json(self.campaign.folder / "timings.json", self.timings)
-
-
-# --- the seed data --------------------------------------------------------------------------------------------------
-
-
-class SeedData(NamedTuple):
-    """What the campaign starts from, and what only measures."""
-
-    ift: list[dict[str, Any]]
-    demonstrations: list[str]
-    eft: list[dict[str, Any]]
-    heldout: list[dict[str, Any]]
-    evaluation: list[dict[str, Any]]
-    attacks: list[dict[str, Any]]
-    own_prompts: list[str]
-    measuring: list[str]
-    """Prompts that must never be trained on: also those of which this campaign measures only a part."""
-    set_aside: dict[str, list[data.SetAside]]
-    identities: dict[str, str]
-
-
-def load_seed(config: RunConfig) -> SeedData:
-    """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError."""
-    seed, wanted = config.seed_data, config.evaluation
-    loaded = {
-        "ift": data.load(data.named(seed.ift, "instructions.jsonl"), "examples"),
-        "eft": data.load(data.named(seed.eft, "ranked.jsonl"), "groups", check=data.check_judged),
-        "heldout": data.load(data.named(seed.heldout, "heldout.jsonl"), "groups"),
-        "evaluation": data.load(data.named(seed.evaluation, "evaluation.jsonl"), "prompts"),
-    }
-    if config.prompts.file:
-        loaded["prompts"] = data.load(config.prompts.file, "prompts")
-    attacks = data.attacks()
-    others = {name: data.load(name, "prompts").rows for name in seed.keep_out}
-    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks, **others}
-    measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
-    loaded |= _without_copies(loaded, contamination.Watch(measuring))
-    own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
-    ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
-    shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
-    return SeedData(
-        ift=ift,
-        demonstrations=[row["instruction"] for row in shown],
-        eft=data.spread(loaded["eft"].rows, seed.eft_groups),
-        heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
-        evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
-        attacks=attacks if wanted.attacks else [],
-        own_prompts=list(dict.fromkeys(own)),
-        measuring=list(dict.fromkeys(itertools.chain.from_iterable(measuring.values()))),
-        set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
-        identities={name: file.identity for name, file in loaded.items()}
-        | {"attacks": digest(attacks)}
-        | ({"keep_out": digest([measuring[name] for name in others])} if others else {}),
-    )
-
-
-def _without_copies(loaded: Mapping[str, data.Loaded], watch: contamination.Watch) -> dict[str, data.Loaded]:
-    """Set aside what would train and is a copy of what measures. Raises DataError where nothing else is left."""
-    clean: dict[str, data.Loaded] = {}
-    for name in [name for name in ("ift", "eft", "prompts") if name in loaded]:
-        rows, copies = watch.sift(loaded[name].rows, data.asked)
-        if copies and not rows:
-            raise DataError(f"{name}: expected rows that copy nothing that measures, got none: {copies[0][1]}.")
-        aside = [data.SetAside(0, str(copy), data.asked(row)[0][:300]) for row, copy in copies]
-        clean[name] = loaded[name]._replace(rows=rows, set_aside=loaded[name].set_aside + aside)
-    return clean
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------

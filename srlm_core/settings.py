@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "base model": ("model.path", "method", "seed", *ENGINE),
     "bootstrap": (
         "seed_data.ift", "seed_data.eft", "seed_data.ift_kinds", "seed_data.ift_rows", "seed_data.eft_groups",
-        "seed_data.eft_form", "seed_data.keep_out", "training.sft",
+        "seed_data.eft_form", "seed_data.eft_targets", "seed_data.keep_out", "seed_data.heldout_share", "training.sft",
     ),
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
     "responses": ("responses",),

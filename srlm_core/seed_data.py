@@ -1,0 +1,108 @@
+"""seed_data: what a campaign starts from and what only measures it, read, kept apart, and chosen (section 3.1.1)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from srlm_core import contamination, data, eft
+from srlm_core.config import RunConfig, SeedDataConfig
+from srlm_core.errors import DataError
+from srlm_core.store import digest
+
+
+class SeedData(NamedTuple):
+    """What the campaign starts from, and what only measures."""
+
+    ift: list[dict[str, Any]]
+    demonstrations: list[str]
+    eft: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    evaluation: list[dict[str, Any]]
+    attacks: list[dict[str, Any]]
+    own_prompts: list[str]
+    measuring: list[str]
+    """Prompts that must never be trained on: also those of which this campaign measures only a part."""
+    set_aside: dict[str, list[data.SetAside]]
+    identities: dict[str, str]
+
+
+def load_seed(config: RunConfig) -> SeedData:
+    """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError."""
+    seed, wanted = config.seed_data, config.evaluation
+    loaded = _files(config)
+    attacks = data.attacks()
+    others = {name: data.load(name, "prompts").rows for name in seed.keep_out}
+    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks, **others}
+    measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
+    loaded |= _without_copies(loaded, contamination.Watch(measuring))
+    own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
+    ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
+    shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
+    loaded["eft"] = _to_judge_by(seed, loaded["eft"], ift)
+    return SeedData(
+        ift=ift,
+        demonstrations=[row["instruction"] for row in shown],
+        eft=loaded["eft"].rows,
+        heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
+        evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
+        attacks=attacks if wanted.attacks else [],
+        own_prompts=list(dict.fromkeys(own)),
+        measuring=list(dict.fromkeys(itertools.chain.from_iterable(measuring.values()))),
+        set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
+        identities={name: file.identity for name, file in loaded.items()}
+        | {"attacks": digest(attacks)}
+        | ({"keep_out": digest([measuring[name] for name in others])} if others else {}),
+    )
+
+
+def _files(config: RunConfig) -> dict[str, data.Loaded]:
+    """Read the files, and split EFT's where a part of it is to measure."""
+    seed = config.seed_data
+    check = data.check_judged if seed.eft_targets == "written" else data.unchecked
+    loaded = {
+        "ift": data.load(data.named(seed.ift, "instructions.jsonl"), "examples"),
+        "eft": data.load(data.named(seed.eft, "ranked.jsonl"), "groups", check=check),
+        "evaluation": data.load(data.named(seed.evaluation, "evaluation.jsonl"), "prompts"),
+    }
+    if seed.heldout == "split":
+        training, measuring = eft.split(loaded["eft"].rows, seed.heldout_share)
+        if not training or not measuring:
+            raise DataError(
+                f"seed_data.heldout=split: expected enough groups in {seed.eft} for both parts, got {len(training)} to "
+                f"train and {len(measuring)} to measure. Give a file of its own, or another heldout_share."
+            )
+        loaded["eft"] = loaded["eft"]._replace(rows=training)
+        loaded["heldout"] = data.Loaded(measuring, [], digest(measuring))
+    else:
+        loaded["heldout"] = data.load(data.named(seed.heldout, "heldout.jsonl"), "groups")
+    if config.prompts.file:
+        loaded["prompts"] = data.load(config.prompts.file, "prompts")
+    return loaded
+
+
+def _to_judge_by(seed: SeedDataConfig, groups: data.Loaded, ift: Sequence[Mapping[str, Any]]) -> data.Loaded:
+    """Choose the groups that teach judging and, where they bring no scores, give them those of their ranks."""
+    if seed.eft_targets == "written":
+        return groups._replace(rows=data.spread(groups.rows, seed.eft_groups))
+    rows, taught = eft.apart_from(groups.rows, ift)
+    chosen, common = eft.thinned(eft.scored(data.spread(rows, seed.eft_groups)))
+    if not chosen:
+        raise DataError(
+            f"seed_data.eft: expected ranked groups whose prompts IFT does not teach, got {len(taught)} that it does. "
+            "Set seed_data.ift_rows to leave some over, or give another file."
+        )
+    aside = [data.SetAside(0, "its prompt teaches answering", group["prompt"][:300]) for group in taught]
+    aside += [data.SetAside(0, f"score {r['score']} is over-common", r["text"][:300]) for _, r in common]
+    return groups._replace(rows=chosen, set_aside=groups.set_aside + aside)
+
+
+def _without_copies(loaded: Mapping[str, data.Loaded], watch: contamination.Watch) -> dict[str, data.Loaded]:
+    """Set aside what would train and is a copy of what measures. Raises DataError where nothing else is left."""
+    clean: dict[str, data.Loaded] = {}
+    for name in [name for name in ("ift", "eft", "prompts") if name in loaded]:
+        rows, copies = watch.sift(loaded[name].rows, data.asked)
+        if copies and not rows:
+            raise DataError(f"{name}: expected rows that copy nothing that measures, got none: {copies[0][1]}.")
+        aside = [data.SetAside(0, str(copy), data.asked(row)[0][:300]) for row, copy in copies]
+        clean[name] = loaded[name]._replace(rows=rows, set_aside=loaded[name].set_aside + aside)
+    return clean
