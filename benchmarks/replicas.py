@@ -17,9 +17,11 @@ from srlm_core.engines.protocol import Engine
 class Size(NamedTuple):
     requests: int
     tokens: int
+    at_once: int
+    """Sequences in an engine's batch. All requests end alike: with few batches the slower core's last one decides."""
 
 
-SIZES = {"cpu": Size(256, 32), "gpu": Size(4096, 256)}
+SIZES = {"cpu": Size(256, 24, 32), "gpu": Size(8192, 256, 256)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
@@ -28,7 +30,7 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
         raise SystemExit("replicas: expected two GPUs, or two cores where there is no GPU; this machine has one.")
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        one, two = (stack.enter_context(_open(replicas, logs)) for replicas in (1, 2))
+        one, two = (stack.enter_context(_open(replicas, size, logs)) for replicas in (1, 2))
         machine = None if hardware.gpus() else stack.enter_context(products())
 
         def rate(side: Engine, r: int, n: int = size.requests) -> float:
@@ -54,8 +56,8 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
 
 @contextmanager
-def _open(replicas: int, logs: Path) -> Iterator[Engine]:
+def _open(replicas: int, size: Size, logs: Path) -> Iterator[Engine]:
     threads = None if hardware.gpus() else 1
-    config = engine(max_sequences=64, kv_cache_gib=2.0, replicas=replicas, threads=threads)
+    config = engine(max_sequences=size.at_once, kv_cache_gib=2.0, replicas=replicas, threads=threads)
     with open_engine(config, small_model(), log=logs / f"{replicas}.log") as opened:
         yield opened

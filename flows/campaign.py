@@ -40,7 +40,9 @@ def run_campaign(
         tracking = stack.enter_context(Tracking(config, campaign)) if use_mlflow and _there("mlflow") else None
         # the report first: the others link to it and keep it
         watching = [partial(_report, campaign), *observers, *([tracking] if tracking else [])]
-        plain = stack.enter_context(PlainExecutor(workers(config)))
+        # the scripted engine computes in this process: nobody waits for it, and more threads only hold more rows
+        threads = 2 if config.engine.kind == "scripted" else workers(config)
+        plain = stack.enter_context(PlainExecutor(threads))
         run = Run(config, campaign, plain, backend, watching)
         if server is None or not _shown(run, server, tracking):
             loop.self_reward(run)
