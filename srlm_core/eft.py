@@ -19,7 +19,7 @@ BEST = 5
 CAP = 2
 """A score may occur this many times as often as the median one."""
 
-Group = Mapping[str, Any]
+Group = dict[str, Any]
 
 
 def split(groups: Iterable[Group], share: float) -> tuple[list[Group], list[Group]]:
