@@ -7,7 +7,7 @@ import math
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rapidfuzz.distance import LCSseq
 
@@ -65,6 +65,10 @@ class Similarity:
 
     def nearest(self, text: str) -> str | None:
         """Return the label of the first remembered text whose similarity is above the threshold, or None."""
+        return next(self.alike(text), None)
+
+    def alike(self, text: str) -> Iterator[str]:
+        """Yield the labels of all remembered texts whose similarity is above the threshold, in order."""
         new = self._encode(text)
         by_rarity = sorted(new, key=self._frequency.__getitem__)
         places: list[int] = []
@@ -78,8 +82,7 @@ class Similarity:
             old = self._text(place)
             least = self._least(len(new), len(old))
             if LCSseq.similarity(new, old, score_cutoff=least) >= least:
-                return self._labels[place]
-        return None
+                yield self._labels[place]
 
     def _least(self, m: int, n: int) -> int:
         """Return the shortest LCS by which texts of m and n words are too similar: 2 LCS / (m + n) > threshold."""

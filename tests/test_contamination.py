@@ -49,6 +49,14 @@ def test_whatever_a_prompt_is_its_own_copy_is_found(prompts, data):
     assert (found is not None) == bool(contamination.words(text))
 
 
+def test_common_words_alone_make_no_copy():
+    watch = Watch({"a": ["What is the capital of Chad?", *(f"What is the capital of land {n}?" for n in range(40))]})
+    # F = 10 / 12; but the five are in all 41, a weight of log(43 / 42) each, and `chad` and `peru` weigh log(43 / 2)
+    assert watch.copy_in("What is the capital of Peru?") is None
+    assert watch.copy_in("What is the old capital of Chad?") is not None
+    assert Watch({"a": ["What is the capital of Chad?"]}).copy_in("What is the old capital of Chad?") is not None
+
+
 def test_every_turn_of_a_conversation_is_looked_at():
     rows = [{"prompt": "[user] Hello [user] …", "turns": ["Hello", "Name three rivers in Chile"]}]
     clean, ((row, copy),) = Watch(MEASURING).sift([*rows, {"instruction": "Hello"}], data.asked)
