@@ -40,16 +40,19 @@ def run_campaign(
         tracking = stack.enter_context(Tracking(config, campaign)) if use_mlflow and _there("mlflow") else None
         # the report first: the others link to it and keep it
         watching = [partial(_report, campaign), *observers, *([tracking] if tracking else [])]
-        # the scripted engine computes in this process: nobody waits for it, and more threads only hold more rows
-        threads = 2 if config.engine.kind == "scripted" else workers(config)
-        plain = stack.enter_context(PlainExecutor(threads))
+        plain = stack.enter_context(PlainExecutor(workers(config)))
         run = Run(config, campaign, plain, backend, watching)
         if server is None or not _shown(run, server, tracking):
             loop.self_reward(run)
 
 
 def workers(config: RunConfig) -> int:
-    """Threads for the shards in flight, each with its three dependent stages, and an evaluation beside them."""
+    """Threads for the shards in flight, each with its three dependent stages, and an evaluation beside them.
+
+    The scripted engine computes in this process: nobody waits for it, and more threads only hold more rows.
+    """
+    if config.engine.kind == "scripted":
+        return 2
     return 3 * config.engine.shards_in_flight + 5
 
 

@@ -59,8 +59,13 @@ def _load(recipe: str, size: str | None, overrides: list[str], model: str | None
     from srlm_core import recipes
 
     own = [f"model.path={json.dumps(model)}"] if model else []
-    own += [f"prompts.file={json.dumps(str(Path(prompts).resolve()))}", "prompts.file_share=0.5"] if prompts else []
+    own += [f"prompts.file={json.dumps(_absolute(prompts))}", "prompts.file_share=0.5"] if prompts else []
     return recipes.load(recipe, size, [*own, *overrides])
+
+
+def _absolute(file: str) -> str:
+    path = Path(file).expanduser()
+    return str(path.resolve()) if path.exists() else file  # else a dataset of the hub
 
 
 @app.command()
@@ -174,11 +179,6 @@ def evaluate(
         _load(recipe, size, sets, model, None), name or usual, root, model, judging_only=ranked is not None
     )
     typer.echo(json.dumps(results, indent=2) if as_json else _spell(results))
-
-
-def _absolute(file: str) -> str:
-    path = Path(file).expanduser()
-    return str(path.resolve()) if path.exists() else file  # else a dataset of the hub
 
 
 def _spell(results: dict[str, Any], indent: str = "") -> str:

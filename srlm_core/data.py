@@ -42,11 +42,11 @@ def load(
     """
     source = sources.read(str(where))
     told = [(row, check(row)) for row in getattr(source, take)]
-    aside = source.set_aside + [SetAside(0, wrong, str(row)[:300]) for row, wrong in told if wrong]
+    aside = source.set_aside + [SetAside(None, wrong, str(row)[:300]) for row, wrong in told if wrong]
     rows = [row for row, wrong in told if not wrong]
     if not rows:
         seen = f"{source.n_rows} row(s) of {source.form or 'no known form'}" if source.n_rows else "an empty file"
-        why = f"; row {aside[0].line}: {aside[0].reason}" if aside else ""
+        why = f"; first: {aside[0].reason}" if aside else ""
         raise DataError(f"expected {take} in {where}, got {seen}{why}. `srlm data {where}` shows what it holds.")
     return Loaded(rows, aside, digest(rows))
 

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,11 +16,12 @@ import pyarrow as pa
 
 from srlm_core import schemas
 from srlm_core.config import PromptsConfig
+from srlm_core.contamination import Watch
 from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
 from srlm_core.similarity import Similarity
 from srlm_core.store import digest, seed_for
 
-VERSION = 1
+VERSION = 2
 
 # Self-Instruct's list: what a text model cannot do or be shown
 _FORBIDDEN = re.compile(r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
@@ -107,21 +108,24 @@ class Kept(NamedTuple):
     """Seed instructions that may be shown."""
     generated: list[str]
     similarity: Similarity
+    measuring: Watch
 
     @classmethod
     def start(
-        cls, seeds: Sequence[str], measuring: Iterable[str], threshold: float, *, shown: Sequence[str] | None = None
+        cls, seeds: Sequence[str], measuring: Watch, threshold: float, *, shown: Sequence[str] | None = None
     ) -> "Kept":
         """Begin with the seed instructions, and the prompts that measure and must never be trained on.
 
         `shown` are the seeds that may be demonstrations; None for all.
         """
-        kept = cls(tuple(seeds if shown is None else shown), [], Similarity(threshold))
+        kept = cls(tuple(seeds if shown is None else shown), [], Similarity(threshold), measuring)
         for text in seeds:
             kept.similarity.add(text, "similar_to_seed")
-        for text in measuring:
-            kept.similarity.add(text, "similar_to_evaluation")
         return kept
+
+    def too_near(self, text: str) -> str | None:
+        """Say what a prompt is too near to, or None."""
+        return "copy_of_evaluation" if self.measuring.copy_in(text) else self.similarity.nearest(text)
 
     @contextmanager
     def on_trial(self) -> Iterator[None]:
@@ -173,7 +177,7 @@ def take(
     """Take prompts of a user's dataset, in order, through the same similarity filter; rows PROMPTS and DROPS."""
     shard = _Shard(iteration, "", [], [])
     for number, text in enumerate(texts):
-        reason = kept.similarity.nearest(text)
+        reason = kept.too_near(text)
         if reason:
             shard.drop(f"{source} {number}", reason, text)
         elif wanted is None or len(shard.rows) < wanted:
@@ -227,7 +231,7 @@ def _sift(completion: Completion, made: _Shard, kept: Kept, config: PromptsConfi
             completion.request_id, "unfinished" if completion.finish_reason != "stop" else "empty", completion.text
         )
     for number, task in enumerate(tasks):
-        reason = unusable(task, config) or kept.similarity.nearest(task)
+        reason = unusable(task, config) or kept.too_near(task)
         if reason is None and len(made.rows) >= wanted:
             reason = "over_target"
         if reason:

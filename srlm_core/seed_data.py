@@ -1,6 +1,5 @@
 """seed_data: what a campaign starts from and what only measures it, read, kept apart, and chosen (section 3.1.1)."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ class SeedData(NamedTuple):
     evaluation: list[dict[str, Any]]
     attacks: list[dict[str, Any]]
     own_prompts: list[str]
-    measuring: list[str]
-    """Prompts that must never be trained on: also those of which this campaign measures only a part."""
+    measuring: contamination.Watch
+    """Knows the prompts that must never be trained on: also where this campaign measures by a part of them."""
     set_aside: dict[str, list[data.SetAside]]
     identities: dict[str, str]
 
@@ -34,7 +33,8 @@ def load_seed(config: RunConfig) -> SeedData:
     others = {name: data.load(name, "prompts").rows for name in seed.keep_out}
     sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks, **others}
     measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
-    loaded |= _without_copies(loaded, contamination.Watch(measuring))
+    watch = contamination.Watch(measuring)
+    loaded |= _without_copies(loaded, watch)
     own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
     ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
     shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
@@ -47,7 +47,7 @@ def load_seed(config: RunConfig) -> SeedData:
         evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
         attacks=attacks if wanted.attacks else [],
         own_prompts=list(dict.fromkeys(own)),
-        measuring=list(dict.fromkeys(itertools.chain.from_iterable(measuring.values()))),
+        measuring=watch,
         set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
         identities={name: file.identity for name, file in loaded.items()}
         | {"attacks": digest(attacks)}
@@ -91,18 +91,21 @@ def _to_judge_by(seed: SeedDataConfig, groups: data.Loaded, ift: Sequence[Mappin
             f"seed_data.eft: expected ranked groups whose prompts IFT does not teach, got {len(taught)} that it does. "
             "Set seed_data.ift_rows to leave some over, or give another file."
         )
-    aside = [data.SetAside(0, "its prompt teaches answering", group["prompt"][:300]) for group in taught]
-    aside += [data.SetAside(0, f"score {r['score']} is over-common", r["text"][:300]) for _, r in common]
+    aside = [data.SetAside(None, "its prompt teaches answering", group["prompt"][:300]) for group in taught]
+    aside += [data.SetAside(None, f"score {r['score']} is over-common", r["text"][:300]) for _, r in common]
     return groups._replace(rows=chosen, set_aside=groups.set_aside + aside)
 
 
 def _without_copies(loaded: Mapping[str, data.Loaded], watch: contamination.Watch) -> dict[str, data.Loaded]:
-    """Set aside what would train and is a copy of what measures. Raises DataError where nothing else is left."""
+    """Set aside what would train and is a copy of what measures. Raises DataError where nothing else is left.
+
+    Prompts, the user's and the model's, meet the same watch where they are taken in.
+    """
     clean: dict[str, data.Loaded] = {}
-    for name in [name for name in ("ift", "eft", "prompts") if name in loaded]:
+    for name in ("ift", "eft"):
         rows, copies = watch.sift(loaded[name].rows, data.asked)
         if copies and not rows:
             raise DataError(f"{name}: expected rows that copy nothing that measures, got none: {copies[0][1]}.")
-        aside = [data.SetAside(0, str(copy), data.asked(row)[0][:300]) for row, copy in copies]
+        aside = [data.SetAside(None, str(copy), data.asked(row)[0][:300]) for row, copy in copies]
         clean[name] = loaded[name]._replace(rows=rows, set_aside=loaded[name].set_aside + aside)
     return clean

@@ -36,16 +36,14 @@ class Similarity:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def _encode(self, text: str) -> str:
-        # one character per distinct word: the string metric then compares words at the speed of letters
-        return "".join(self._alphabet.setdefault(word, chr(0x100 + len(self._alphabet))) for word in self._split(text))
-
     def _text(self, place: int) -> str:
         return self._texts[self._ends[place] : self._ends[place + 1]].decode("utf-32-le", "surrogatepass")
 
     def add(self, text: str, label: str) -> None:
         """Remember a text; `label` names it when another is too similar."""
-        encoded = self._encode(text)
+        # one character per distinct word: the string metric then compares words at the speed of letters
+        alphabet = self._alphabet
+        encoded = "".join(alphabet.setdefault(word, chr(0x100 + len(alphabet))) for word in self._split(text))
         for word in set(encoded):
             self._holders[len(encoded)][word].append(len(self))
             self._frequency[word] += 1
@@ -69,7 +67,8 @@ class Similarity:
 
     def alike(self, text: str) -> Iterator[str]:
         """Yield the labels of all remembered texts whose similarity is above the threshold, in order."""
-        new = self._encode(text)
+        # what no remembered text has may all be one character: it matches nothing
+        new = "".join(self._alphabet.get(word, "\0") for word in self._split(text))
         by_rarity = sorted(new, key=self._frequency.__getitem__)
         places: list[int] = []
         for length, holders in self._holders.items():

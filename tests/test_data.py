@@ -17,7 +17,7 @@ def test_malformed_rows_are_set_aside_with_their_number_and_the_rest_goes_on(tmp
     ("content", "told"),
     [
         (b"", "expected prompts in .*, got an empty file"),
-        (b"x\ny\n", r"2 row\(s\) of no known form; row 1: not JSON"),
+        (b"x\ny\n", r"2 row\(s\) of no known form; first: not JSON"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9"),
     ],
 )

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from srlm_core import prompts
 from srlm_core.config import PromptsConfig
+from srlm_core.contamination import Watch
 from srlm_core.engines.protocol import Completion
 
 CONFIG = PromptsConfig()
@@ -32,7 +33,7 @@ class Writer:
 
 
 def written(writer, wanted, config=CONFIG, measuring=()):
-    kept = prompts.Kept.start(SEEDS, measuring, config.max_similarity)
+    kept = prompts.Kept.start(SEEDS, Watch({"a": measuring}), config.max_similarity)
     rows, drops = prompts.write(writer, kept, config, wanted=wanted, iteration=1, shard=0, generator="M1", seed=3)
     return [row["messages"][0]["content"] for row in rows.to_pylist()], drops.to_pylist()
 
@@ -42,7 +43,7 @@ TEXTS = st.text(alphabet="ab ", min_size=1, max_size=24)
 
 @given(st.lists(TEXTS, min_size=1, max_size=8), st.lists(TEXTS, max_size=8), TEXTS)
 def test_what_was_on_trial_is_forgotten(before, tried, new):
-    kept = prompts.Kept.start(before, [], 0.5)
+    kept = prompts.Kept.start(before, Watch({}), 0.5)
     said = kept.similarity.nearest(new)
     with kept.on_trial():
         for text in tried:
@@ -112,7 +113,7 @@ def test_near_copies_of_seeds_of_kept_prompts_and_of_what_measures_are_dropped_w
     ]
     kept, drops = written(Writer(texts), 2, measuring=measuring)
     assert "Tell me about the oldest bridge in town" in kept
-    assert {row["reason"] for row in drops} >= {"similar_to_seed", "similar_to_evaluation", "similar_to_kept"}
+    assert {row["reason"] for row in drops} >= {"similar_to_seed", "copy_of_evaluation", "similar_to_kept"}
 
 
 def test_filtering_goes_in_request_order_not_in_arrival_order():
@@ -136,7 +137,7 @@ def test_asking_ends_at_the_limit_of_attempts():
 
 
 def test_users_prompts_are_taken_in_order_through_the_same_filter():
-    kept = prompts.Kept.start(SEEDS, [], 0.7)
+    kept = prompts.Kept.start(SEEDS, Watch({}), 0.7)
     rows, drops = prompts.take(
         ["My own first question?", "My own first question!", SEEDS[0]], kept, iteration=1, source="dataset:x"
     )
@@ -146,7 +147,7 @@ def test_users_prompts_are_taken_in_order_through_the_same_filter():
 
 def test_only_the_seeds_to_be_shown_are_shown_and_all_are_kept_apart_from():
     shown = SEEDS[:8]
-    kept = prompts.Kept.start(SEEDS, [], 0.7, shown=shown)
+    kept = prompts.Kept.start(SEEDS, Watch({}), 0.7, shown=shown)
     writer = Writer([f" {SEEDS[15]}"])
     config = PromptsConfig(seed_demonstrations=8, generated_demonstrations=0)
     _, drops = prompts.write(writer, kept, config, wanted=1, iteration=1, shard=0, generator="M1", seed=3)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from srlm_core.schemas import conversation
 
 Row = Mapping[str, Any]
+Turn = Mapping[str, str]
+"""What one side said: its role and its content."""
 
 PROMPT = ("prompt", "instruction", "question", "query", "input", "turns")
 RESPONSE = ("response", "output", "completion", "answer")
@@ -20,7 +22,8 @@ TURNS = ("messages", "conversations")
 class SetAside(NamedTuple):
     """A row, or a part of one, that could not be used."""
 
-    line: int
+    line: int | None
+    """Line or row of the file; null for what was left out after the reading."""
     reason: str
     text: str
 
@@ -91,8 +94,30 @@ def distinct(replies: Sequence[Reply]) -> list[Reply]:
     return [reply for reply in replies if best[reply.text] is reply]
 
 
+def ranking(line: int, said: Sequence[Turn], replies: Sequence[Reply], more: Mapping[str, Any] = {}) -> Found:
+    """Make a group of what was replied to a conversation, and a prompt where that is a single turn.
+
+    A group of several turns keeps what the user said as `turns`; there is none where no two replies are ranked apart.
+    """
+    prompt, kept = conversation(said), distinct(replies)
+    again = SetAside(line, "the same text as a response ranked above", prompt[:300])
+    turns = {} if _opens(said) else {"turns": [turn["content"] for turn in said if turn["role"] == "user"]}
+    group = ranked(prompt, kept, {**more, **turns})
+    return Found(
+        "",
+        groups=(group,) if n_ordered_pairs(group) else (),
+        prompts=({"prompt": prompt},) if _opens(said) else (),
+        set_aside=(again,) * (len(replies) - len(kept)),
+        n_ordered_pairs=n_ordered([reply.bad for reply in replies]),
+    )
+
+
+def _opens(said: Sequence[Turn]) -> bool:
+    return len(said) == 1
+
+
 def _group(number: int, row: Row) -> Found:
-    prompt, name = _prompt(row), _key(row, RESPONSES)
+    said, name = _asked_in(row), _key(row, RESPONSES)
     aside: list[SetAside] = []
     usable: list[Reply] = []
     for response in row[name]:
@@ -100,26 +125,31 @@ def _group(number: int, row: Row) -> Found:
             usable.append(_reply(response))
         except _Unusable as wrong:
             aside.append(SetAside(number, str(wrong), str(response)[:300]))
-    kept = distinct(usable)
-    aside += [SetAside(number, "the same text as a response ranked above", prompt[:300])] * (len(usable) - len(kept))
-    n_pairs = n_ordered([reply.bad for reply in usable])
-    if not n_ordered([reply.bad for reply in kept]):
-        reason = "fewer than two usable responses" if len(kept) < 2 else "all responses are ranked alike"
-        aside.append(SetAside(number, reason, prompt[:300]))
-        return Found("", prompts=({"prompt": prompt},), set_aside=tuple(aside), n_ordered_pairs=n_pairs)
-    group = ranked(prompt, kept, {key: value for key, value in row.items() if key != name})
-    return Found("", _best(group), (group,), ({"prompt": prompt},), tuple(aside), n_pairs)
+    found = ranking(number, said, usable, {key: value for key, value in row.items() if key != name})
+    aside += found.set_aside
+    if not found.groups:
+        reason = (
+            "fewer than two usable responses"
+            if len(usable) - len(found.set_aside) < 2
+            else "all responses are ranked alike"
+        )
+        aside.append(SetAside(number, reason, conversation(said)[:300]))
+    return _with_best(found._replace(set_aside=tuple(aside)))
 
 
-def _best(group: Row) -> tuple[dict[str, Any], ...]:
+def _with_best(found: Found) -> Found:
+    """Take the best response to a single turn as an example."""
+    if not found.groups or not found.prompts:
+        return found
+    (group,) = found.groups
     best = next(response for response in group["responses"] if response["rank"] == 0)
-    return ({"instruction": group["prompt"], "response": best["text"]},)
+    return found._replace(examples=({"instruction": group["prompt"], "response": best["text"]},))
 
 
 def _reply(response: Any) -> Reply:
     if not isinstance(response, Mapping):
         raise _Unusable("expected each response as an object with a text and a rank")
-    text = _said(_first(response, TEXT), "expected a non-empty text in each response")
+    text = _text(_first(response, TEXT), "expected a non-empty text in each response")
     for key, sign in (("rank", 1), *((name, -1) for name in GOODNESS)):
         if _is_number(response.get(key)):
             return Reply(text, sign * float(response[key]), response)
@@ -134,10 +164,12 @@ def _pair(number: int, row: Row) -> Found:
     """Read {chosen, rejected}, as texts or as conversations that share their prompt."""
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _two(number, _prompt(row), chosen, rejected)
-    asked, better = _split(chosen)
-    _, worse = _split(rejected)
-    return _two(number, _prompt(row) if _key(row, PROMPT) else conversation(asked), better, worse)
+        return _two(number, _asked_in(row), chosen, rejected)
+    said, better = _split(chosen)
+    before, worse = _split(rejected)
+    if said != before:
+        raise _Unusable("chosen and rejected answer different prompts")
+    return _two(number, _asked_in(row) if _key(row, PROMPT) else said, better, worse)
 
 
 def _labelled(number: int, row: Row) -> Found:
@@ -147,15 +179,14 @@ def _labelled(number: int, row: Row) -> Found:
         raise _Unusable(f"expected 1 or 2 under 'label', got {row['label']!r}")
     first, second = row["output_1"], row["output_2"]
     better, worse = (first, second) if label == "1" else (second, first)
-    return _two(number, _prompt(row), better, worse)
+    return _two(number, _asked_in(row), better, worse)
 
 
-def _two(number: int, prompt: str, better: Any, worse: Any) -> Found:
-    better, worse = (_said(text, "expected two non-empty texts") for text in (better, worse))
+def _two(number: int, said: Sequence[Turn], better: Any, worse: Any) -> Found:
+    better, worse = (_text(text, "expected two non-empty texts") for text in (better, worse))
     if better == worse:
         raise _Unusable("both responses are the same text")
-    group = ranked(prompt, [Reply(better, 0), Reply(worse, 1)])
-    return Found("", _best(group), (group,), ({"prompt": prompt},), n_ordered_pairs=1)
+    return _with_best(ranking(number, said, [Reply(better, 0), Reply(worse, 1)]))
 
 
 # --- examples and prompts -------------------------------------------------------------------------------------------
@@ -169,7 +200,7 @@ def _conversation(number: int, row: Row) -> Found:
         raise _Unusable("expected a conversation that begins with the user")
     left_out = [turn for turn in turns if turn["role"] == "system"]
     aside = tuple(SetAside(number, "a system turn, left out", turn["content"][:300]) for turn in left_out)
-    prompt = _said(spoken[0]["content"], "expected a non-empty turn of the user")
+    prompt = _text(spoken[0]["content"], "expected a non-empty turn of the user")
     if len(spoken) == 1:
         return Found("", prompts=({"prompt": prompt},), set_aside=aside)
     if spoken[1]["role"] != "assistant":
@@ -190,20 +221,27 @@ def _split(turns: Any) -> tuple[list[dict[str, str]], str]:
     """Cut a conversation into what was asked and its last answer."""
     if not isinstance(turns, list) or len(turns) < 2:
         raise _Unusable("expected a text or a conversation under 'chosen' and 'rejected'")
-    said = [_turn(turn) for turn in turns]
+    said = _turns(turns)
     return said[:-1], said[-1]["content"]
+
+
+def _turns(turns: Sequence[Any]) -> list[dict[str, str]]:
+    said = [_turn(turn) for turn in turns]
+    for turn in said:
+        _text(turn["content"], "expected no empty turn")
+    return said
 
 
 def _alpaca(number: int, row: Row) -> Found:
     """Read {instruction, input, output}; an input stands below its instruction (Taori et al. 2023)."""
-    instruction = _said(row["instruction"], "expected a non-empty text under 'instruction'")
+    instruction = _text(row["instruction"], "expected a non-empty text under 'instruction'")
     return _example(_with_input(instruction, row.get("input")), row["output"])
 
 
 def _task(number: int, row: Row) -> Found:
     """Read a task of Self-Instruct: {instruction, instances: [{input, output}, …]}, its first instance."""
     instances = row["instances"] or [{}]
-    instruction = _said(row["instruction"], "expected a non-empty text under 'instruction'")
+    instruction = _text(row["instruction"], "expected a non-empty text under 'instruction'")
     return _example(_with_input(instruction, instances[0].get("input")), instances[0].get("output"))
 
 
@@ -220,7 +258,7 @@ def _answered(number: int, row: Row) -> Found:
 
 
 def _example(instruction: str, response: Any, **kept: Any) -> Found:
-    response = _said(response, "expected a non-empty response")
+    response = _text(response, "expected a non-empty response")
     row = {**kept, "instruction": instruction, "response": response}
     return Found("", examples=(row,), prompts=({"prompt": instruction},))
 
@@ -235,13 +273,23 @@ def _kind(row: Row) -> dict[str, Any]:
 
 
 def _prompt(row: Row) -> str:
+    said = _asked_in(row)
+    if not _opens(said):
+        raise _Unusable("a conversation of several turns, which only a ranking may have as its prompt")
+    return said[0]["content"]
+
+
+def _asked_in(row: Row) -> list[dict[str, str]]:
+    """Return what was said before the response: of several questions (MT-Bench), the first."""
     found = row.get(_key(row, PROMPT))
-    if isinstance(found, list) and found:
-        found = found[0] if isinstance(found[0], str) else conversation([_turn(turn) for turn in found])
-    return _said(found, f"expected a non-empty text under {', '.join(PROMPT[:-1])} or {PROMPT[-1]}")
+    turns = found if isinstance(found, list) and found else [found]
+    if isinstance(turns[0], Mapping):
+        return _turns(turns)
+    expected = f"expected a non-empty text under {', '.join(PROMPT[:-1])} or {PROMPT[-1]}"
+    return [{"role": "user", "content": _text(turns[0], expected)}]
 
 
-def _said(text: Any, expected: str) -> str:
+def _text(text: Any, expected: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise _Unusable(expected)
     return text

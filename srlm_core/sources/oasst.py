@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from srlm_core.schemas import conversation
-from srlm_core.sources.forms import Found, Reply, SetAside, distinct, n_ordered, n_ordered_pairs, ranked
+from srlm_core.sources.forms import Found, Reply, SetAside, n_ordered_pairs, ranking
 
 
 class Message(NamedTuple):
@@ -97,7 +96,7 @@ def read_trees(messages: Sequence[Message], language: str) -> Found:
     trees = _Trees(messages, language)
     read = [*map(trees.read, trees.prompters())]
     groups = [found.groups[0] for found in read if found.groups]
-    first = [group for group in groups if not group["depth"]]
+    first = [group for group in groups if "turns" not in group]
     return Found(
         "",
         examples=tuple(row for found in read for row in found.examples),
@@ -168,19 +167,12 @@ class _Trees:
     def read(self, message: Message) -> Found:
         """Read one message of a person: what it asks, its best reply, its ranked replies."""
         said = self._usable[message.id]
-        asked, root = conversation(said), len(said) == 1
         replies = [r for r in self._replies[message.id] if r.role == "assistant" and r.id in self._usable]
-        aside = [SetAside(r.line, "a reply without a rank", r.text[:300]) for r in replies if r.rank is None]
         rated = [Reply(r.text, float(r.rank)) for r in replies if r.rank is not None]
-        kept = distinct(rated)
-        again = SetAside(message.line, "the same text as a reply ranked above", asked[:300])
-        aside += [again] * (len(rated) - len(kept))
-        turns = [turn["content"] for turn in said if turn["role"] == "user"]
-        group = ranked(asked, kept, {"depth": len(turns) - 1, "turns": turns})
-        groups = (group,) if n_ordered_pairs(group) else ()
-        n_pairs = n_ordered([reply.bad for reply in rated])
-        best = [reply.text for reply in kept if reply.bad == 0]
-        if root and not best:
-            aside.append(SetAside(message.line, "no example: its best-ranked reply is not there", asked[:300]))
-        examples = ({"instruction": asked, "response": best[0]},) if root and best else ()
-        return Found("", examples, groups, ({"prompt": asked},) if root else (), tuple(aside), n_pairs)
+        found = ranking(message.line, said, rated)
+        aside = [SetAside(r.line, "a reply without a rank", r.text[:300]) for r in replies if r.rank is None]
+        best = [reply.text for reply in rated if reply.bad == 0]
+        if found.prompts and not best:
+            aside.append(SetAside(message.line, "no example: its best-ranked reply is not there", message.text[:300]))
+        examples = [{"instruction": message.text, "response": text} for text in best[:1] if found.prompts]
+        return found._replace(examples=tuple(examples), set_aside=(*aside, *found.set_aside))

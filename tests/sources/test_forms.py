@@ -49,6 +49,27 @@ def test_a_ranking_in_each_published_form(row):
     assert {response["text"]: response["rank"] for response in group["responses"]} == {"4": 0, "5": 1}
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [*CHAT, {"role": "user", "content": "Sure?"}], "chosen": "Yes.", "rejected": "No."},
+        {
+            "chosen": [*CHAT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}],
+            "rejected": [*CHAT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "No."}],
+        },
+        {
+            "prompt": [*CHAT, {"role": "user", "content": "Sure?"}],
+            "responses": [{"text": "No.", "rank": 1}, {"text": "Yes.", "rank": 0}],
+        },
+    ],
+)
+def test_a_ranking_of_a_later_turn_makes_neither_a_prompt_nor_an_example(row):
+    found = read_row(1, row)
+    (group,) = found.groups
+    assert (group["turns"], found.examples, found.prompts) == (["2 + 2?", "Sure?"], (), ())
+    assert group["prompt"] == "[user] 2 + 2?\n\n[assistant] 4\n\n[user] Sure?"
+
+
 def test_ties_share_a_rank_and_make_no_ordered_pair():
     rated = zip("abcd", [0.5, 1, 0.5, 0], strict=True)
     (group,) = read_row(1, {"prompt": "p", "responses": [{"text": t, "quality": q} for t, q in rated]}).groups
@@ -94,6 +115,9 @@ def test_a_ranking_that_says_nothing_is_set_aside_with_its_reason(responses, rea
         ({"messages": [CHAT[0], CHAT[0]]}, "expected the assistant's turn"),
         ({"input": "p", "output_1": "a", "output_2": "b", "label": 0}, "expected 1 or 2 under 'label', got 0"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "both responses are the same"),
+        ({"chosen": CHAT, "rejected": [{**CHAT[0], "content": "3 + 3?"}, CHAT[1]]}, "answer different prompts"),
+        ({"prompt": [*CHAT, CHAT[0]], "completion": "4"}, "several turns"),
+        ({"prompt": [{"role": "user", "content": ""}], "completion": "4"}, "expected no empty turn"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "a text or a conversation"),
         ({"instruction": "i", "instances": []}, "expected a non-empty response"),
     ],

@@ -66,7 +66,8 @@ def test_a_tree_gives_its_example_and_its_ranked_groups(tmp_path, form, rows):
     assert second["prompt"] == (
         "[user] What is tea?\n\n[assistant] A drink of leaves in hot water.\n\n[user] Which leaves?"
     )
-    assert (first["depth"], second["depth"]) == (0, 1)
+    assert "turns" not in first
+    assert second["turns"] == ["What is tea?", "Which leaves?"]
     told = found.as_dict()
     assert (told["trees"], told["messages"], told["ranked_groups"], told["ordered_pairs"]) == (1, 12, 2, 2)
     assert told["first_turn"] == {"ranked_groups": 1, "ordered_pairs": 1}
