@@ -13,7 +13,7 @@ import msgspec
 
 from benchmarks.sides import stopwatch
 from srlm_core.config import EngineConfig
-from srlm_core.engines.local import Start
+from srlm_core.engines.messages import Start
 from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.vllm import VllmEngine, arguments, drawing
@@ -59,8 +59,8 @@ class Bare:
         self.engine = VllmEngine(config, model, log=Path(os.devnull))
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, **self.engine.environment()}
-        start = Start(self.config.model_dump_json(), str(self.model), False, len(self.engine.cores), self.engine.on_gpu)
+        (place,) = self.engine.places
+        environment, start = {**os.environ, **self.engine.environment(place)}, self.engine.start(place)
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self._child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.bare", msgspec.json.encode(start).decode()],

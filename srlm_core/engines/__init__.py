@@ -39,10 +39,6 @@ def open_engine(
 
         return OpenAIEngine(config, model)
     config = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}), sampling_seconds)
-    if config.replicas > 1:
-        from srlm_core.engines.replicas import Replicas
-
-        return Replicas(config, model, log=log, trust_remote_code=trust_remote_code)
     if kind == "vllm":
         from srlm_core.engines.vllm import VllmEngine
 

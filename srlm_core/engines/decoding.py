@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines.local import Answer, Chosen, Completed, Start, Weighed
+from srlm_core.engines.messages import Answer, Chosen, Completed, Start, Weighed
 from srlm_core.engines.nucleus import draw, uniform
 from srlm_core.engines.protocol import Completion, FinishReason, LogProb, TokenScores
 from srlm_core.engines.rendering import Renderer

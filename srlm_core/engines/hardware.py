@@ -13,11 +13,15 @@ from typing import NamedTuple
 
 
 class Placement(NamedTuple):
-    """Where one engine runs. Empty = everywhere."""
+    """Where one replica of an engine runs."""
 
-    cores: tuple[int, ...] = ()
+    cores: tuple[int, ...]
     gpus: tuple[str, ...] = ()
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """As CUDA_VISIBLE_DEVICES names them; none = all there are."""
+
+    def visible(self) -> dict[str, str]:
+        """Return the environment that shows a process these GPUs alone."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
 
 
 @cache

@@ -12,7 +12,7 @@ import msgspec
 
 from srlm_core.config import EngineConfig
 from srlm_core.engines.child import Channel, channel_to_parent
-from srlm_core.engines.local import (
+from srlm_core.engines.messages import (
     Answer,
     Chosen,
     Completed,
@@ -127,33 +127,36 @@ def _read(
 ) -> None:
     """Tokenize in a thread of its own, so that the model never waits for it."""
     decode = msgspec.msgpack.Decoder(FromParent).decode
-    for word in words:
-        question = decode(word)
-        if isinstance(question, Forget):
-            inbox.put(question)
-            continue
-        assert isinstance(question, Question)
-        try:
-            task = as_task(question, renderer)
-            if not task.prompt:
-                raise ModelError(
-                    f"expected a prompt of at least one token, got none: {question}. Give messages or a prefix."
-                )
-        except Exception as error:  # one question must not end the others: chat templates raise what they like
-            _send(
-                channel,
-                Refused(
-                    question.key,
-                    f"{type(error).__name__}: {error}" if not isinstance(error, ModelError) else str(error),
-                ),
+    try:
+        for word in words:
+            question = decode(word)
+            if isinstance(question, Forget):
+                inbox.put(question)
+                continue
+            assert isinstance(question, Question)
+            task = _task(question, renderer, channel)
+            if task is not None and fits(task, context):
+                inbox.put(task)
+            elif task is not None:
+                for answer in refusals(task):
+                    _send(channel, answer)
+    finally:  # whatever ends the reading ends the engine: a parent must not wait for one that hears nothing
+        inbox.put(None)
+
+
+def _task(question: Question, renderer: Renderer, channel: Channel) -> Task | None:
+    """Make a task of a question, or refuse it: one must not end the others, and chat templates raise what they like."""
+    try:
+        task = as_task(question, renderer)
+        if not task.prompt:
+            raise ModelError(
+                f"expected a prompt of at least one token, got none: {question}. Give messages or a prefix."
             )
-            continue
-        if fits(task, context):
-            inbox.put(task)
-        else:
-            for answer in refusals(task):
-                _send(channel, answer)
-    inbox.put(None)
+        return task
+    except Exception as error:
+        told = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        _send(channel, Refused(question.key, told))
+        return None
 
 
 def as_task(question: Question, renderer: Renderer) -> Task:

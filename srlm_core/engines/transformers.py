@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from srlm_core.engines import hardware
+from srlm_core.engines.hardware import Placement
 from srlm_core.engines.local import LocalEngine
 
 
@@ -12,9 +13,8 @@ class TransformersEngine(LocalEngine):
     kind = "transformers"
     module = "srlm_core.engines.decoding"
 
-    def environment(self) -> Mapping[str, str]:
-        chosen = {"CUDA_VISIBLE_DEVICES": ",".join(self.placement.gpus)} if self.placement.gpus else {}
-        return chosen | {
+    def environment(self, place: Placement) -> Mapping[str, str]:
+        return place.visible() | {
             "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
-        } | hardware.openmp(self.cores)  # fmt: skip
+        } | hardware.openmp(place.cores)  # fmt: skip

@@ -5,7 +5,9 @@ from typing import Any
 
 from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware
-from srlm_core.engines.local import Answer, Chosen, Completed, LocalEngine, Start, Weighed
+from srlm_core.engines.hardware import Placement
+from srlm_core.engines.local import LocalEngine
+from srlm_core.engines.messages import Answer, Chosen, Completed, Start, Weighed
 from srlm_core.engines.protocol import Completion, LogProb, Sampling, TokenScores
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.serving import Assess, Continue, Task, serve
@@ -21,17 +23,16 @@ class VllmEngine(LocalEngine):
     kind = "vllm"
     module = "srlm_core.engines.vllm"
 
-    def environment(self) -> Mapping[str, str]:
+    def environment(self, place: Placement) -> Mapping[str, str]:
         quiet = {
             "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
             "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        if self.on_gpu:
-            chosen = {"CUDA_VISIBLE_DEVICES": ",".join(self.placement.gpus)} if self.placement.gpus else {}
-            return quiet | chosen | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        if hardware.gpus():
+            return quiet | place.visible() | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         # One process, not three: each that vLLM would spawn imports it anew, ten seconds on a small machine. It then
         # sets no OpenMP threads of its own, so we do.
-        return quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | hardware.openmp(self.cores)
+        return quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | hardware.openmp(place.cores)
 
 
 class VllmRunner:

@@ -24,7 +24,7 @@ LONG = Sampling(max_tokens=400)
 
 def test_an_engine_killed_while_it_answers_is_reported_with_its_last_words(tmp_path):
     with engine_of("transformers", tmp_path / "log") as engine:
-        pid = engine._child.process.pid
+        pid = engine.replicas[0].child.process.pid
         answers = engine.generate(
             Request(str(i), user("Tell me a long story."), sampling=LONG if i else Sampling(max_tokens=1), seed=i)
             for i in range(6)
@@ -62,7 +62,7 @@ def test_an_engine_whose_owner_is_killed_by_kill_9_is_gone_in_seconds(kind, tmp_
          f"from engines.test_protocol import user; from srlm_core.engines.protocol import Request, Sampling\n"
          f"answers = engine.generate([Request('short', user('Hi.'), sampling=Sampling(max_tokens=1)),\n"
          f"  Request('long', user('Tell me a long story.'), sampling=Sampling(max_tokens=400), n=8)])\n"
-         f"next(answers); print(engine._child.process.pid, flush=True); list(answers)"],
+         f"next(answers); print(engine.replicas[0].child.process.pid, flush=True); list(answers)"],
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     pid = int(owner.stdout.readline())

@@ -123,7 +123,7 @@ def test_the_small_model_is_unpacked_once_and_is_complete():
 def test_finding_a_model_and_an_engine_imports_nothing_heavy():
     told = (
         "import sys\n"
-        "from srlm_core.engines import open_engine, models, resolve_kind, vllm, transformers, openai, replicas, local\n"
+        "from srlm_core.engines import open_engine, models, resolve_kind, vllm, transformers, openai, local\n"
         "print([m for m in ('torch', 'transformers', 'vllm', 'openai', 'huggingface_hub') if m in sys.modules])"
     )
     assert (
