@@ -1,6 +1,5 @@
 """What the benchmarks ask models for: the shipped prompts, and the small model from its Python package."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,13 @@ def instructions() -> list[str]:
 
 
 def requests(n: int, max_tokens: int, seed: int, *, top_p: float = 0.9) -> list[Request]:
-    """Make n chat requests, other ones for every seed, one sample each."""
-    asked = itertools.islice(itertools.cycle(instructions()), seed * n, seed * n + n)
+    """Make n chat requests, other ones for every seed, one sample each.
+
+    None is ever repeated, however many are wanted: an engine that stays open knows the beginnings that it has read.
+    """
+    texts = instructions()
+    places = (divmod(place, len(texts)) for place in range(seed * n, seed * n + n))
+    asked = [f"Again, for the {time}. time: {texts[i]}" if time else texts[i] for time, i in places]
     sampling = Sampling(temperature=0.7, top_p=top_p, max_tokens=max_tokens)
     return [
         Request(f"{seed}-{i}", messages=({"role": "user", "content": text},), sampling=sampling, seed=256 * i)
