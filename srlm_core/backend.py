@@ -60,8 +60,8 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
 
         return Backend(
             base=scripted_base,
-            frozen=lambda name: Model(name, Path(name), _scripted_digest(Path(name))),
-            open=lambda asked: scripted.ScriptedEngine(config.engine, asked.path),
+            frozen=lambda name: _endpoint(name) or Model(name, Path(name), _scripted_digest(Path(name))),
+            open=lambda asked: _ask_endpoint(config, asked, logs) or scripted.ScriptedEngine(config.engine, asked.path),
             train=scripted.train,
             digest=_scripted_digest,
         )
@@ -71,24 +71,20 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
         return Model("M0", path, models.model_digest(path, cache))
 
     def frozen(name: str) -> Model:
-        if "@http" in name:
-            return Model(name, Path(name.split("@", 1)[0]), digest(name))
+        if (endpoint := _endpoint(name)) is not None:
+            return endpoint
         path = models.resolve_model(name, None, cache)
         return Model(name, path, models.model_digest(path, cache))
 
     def open_model(asked: Model) -> Engine:
-        engine, path = config.engine, asked.path
-        if "@http" in asked.name:
-            name, url = asked.name.split("@", 1)
-            engine, path = engine.model_copy(update={"kind": "openai", "base_url": url}), Path(name)
-        log = logs / f"engine_{asked.name.replace('/', '_')}.log"
+        if (endpoint := _ask_endpoint(config, asked, logs)) is not None:
+            return endpoint
         return open_engine(
-            engine, path, log=log, trust_remote_code=model.trust_remote_code, sampling_seconds=busy(path)
-        )
+            config.engine, asked.path, log=_log(logs, asked), trust_remote_code=model.trust_remote_code,
+            sampling_seconds=busy(asked.path),
+        )  # fmt: skip
 
-    def busy(path: Path) -> float | None:
-        if not path.is_dir():  # an endpoint
-            return None
+    def busy(path: Path) -> float:
         machine = plan.of_this_machine(len(hardware.cores()), len(hardware.gpus()))
         return plan.sampling_seconds(config, models.describe(path).parameters, machine)
 
@@ -102,3 +98,20 @@ def _scripted_digest(path: Path) -> str:
 def describe_engine(config: EngineConfig) -> str:
     """Say in a few words which engine runs, for the log."""
     return f"{config.kind}, {config.dtype}, context {config.context}"
+
+
+def _endpoint(name: str) -> Model | None:
+    """Read `name@http://host/v1`: a model that somebody else serves."""
+    return Model(name, Path(name.split("@", 1)[0]), digest(name)) if "@http" in name else None
+
+
+def _ask_endpoint(config: RunConfig, asked: Model, logs: Path) -> Engine | None:
+    if "@http" not in asked.name:
+        return None
+    name, url = asked.name.split("@", 1)
+    engine = config.engine.model_copy(update={"kind": "openai", "base_url": url})
+    return open_engine(engine, Path(name), log=_log(logs, asked))
+
+
+def _log(logs: Path, asked: Model) -> Path:
+    return logs / f"engine_{asked.name.replace('/', '_')}.log"

@@ -78,9 +78,20 @@ class SeedDataConfig(Settings):
     """File or dataset of instructions with responses (`srlm data` shows what is taken), or `seed` = what ships."""
     eft: str = "seed"
     """File or dataset of ranked groups, or `seed`."""
-    eft_targets: Literal["written", "ranked"] = "written"
-    """What the judge learns to say: `written` = the score and the judgment that stand beside each response, as in the
-    seed corpus; `ranked` = the score that the human ranking gives it, where the form is `score`."""
+    eft_targets: Literal["written", "self", "endpoint", "ranked"] = "written"
+    """What the judge learns to say. `written` = the score and the judgment that stand beside each response, as in the
+    seed corpus. `self` = what sft_baseline says of it, where its scores agree with people's ranking (section 3.1.1).
+    `endpoint` = the same by the model that `eft_endpoint` names: a weak model's own judgments rarely agree.
+    `ranked` = the score that the ranking gives; where the form is `justified`, below sft_baseline's justification."""
+    eft_endpoint: str | None = None
+    """Who judges for `endpoint`, and justifies for `ranked` if given: `model@http://host/v1`, or a model's path."""
+    eft_passes: int = Field(default=3, ge=1)
+    """Judgments tried of each response; the first pass that agrees is taken. Ours: the paper does not say."""
+    eft_agree: Literal["strict", "top"] = "strict"
+    """When a pass agrees: `strict` = no pair is inverted and one is in order; `top` = the best one has the highest
+    score. Ours: the paper does not say."""
+    eft_sampling: SamplingConfig = SamplingConfig(max_tokens=512)
+    """How those judgments are drawn."""
     heldout: str = "seed"
     """File or dataset of ranked groups that only measure the judge, or `seed`; or `split`: a share of EFT's groups."""
     heldout_share: float = Field(default=0.25, gt=0, lt=1)
@@ -101,13 +112,25 @@ class SeedDataConfig(Settings):
     `expected` without justification)."""
 
     @model_validator(mode="after")
-    def _ranks_justify_nothing(self) -> "SeedDataConfig":
-        if self.eft_targets == "ranked" and self.eft_form == "justified":
+    def _an_endpoint_has_a_name(self) -> "SeedDataConfig":
+        if self.eft_targets == "endpoint" and not self.eft_endpoint:
             raise ValueError(
-                "seed_data.eft_targets=ranked gives scores without a justification, and seed_data.eft_form is "
-                "justified. Set seed_data.eft_form=score, or give a file with written judgments."
+                "seed_data.eft_targets=endpoint needs the model that judges. "
+                "Set seed_data.eft_endpoint=model@http://host/v1."
+            )
+        if self.eft_endpoint and self.eft_targets not in ("endpoint", "ranked"):
+            raise ValueError(
+                f"seed_data.eft_endpoint judges for eft_targets=endpoint or ranked, and that is {self.eft_targets!r}. "
+                "Leave it out, or set eft_targets."
             )
         return self
+
+    @property
+    def eft_is_judged(self) -> bool:
+        """Whether a model writes the judgments that EFT teaches."""
+        return self.eft_targets in ("self", "endpoint") or (
+            self.eft_targets == "ranked" and self.eft_form == "justified"
+        )
 
 
 class PromptsConfig(Settings):
@@ -336,14 +359,15 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _budgets_fit_the_context(self) -> "RunConfig":
         for name, sampling in (
-            ("prompts", self.prompts.sampling),
-            ("responses", self.responses.sampling),
-            ("judgments", self.judgments.sampling),
-            ("evaluation", self.evaluation.sampling),
+            ("prompts.sampling", self.prompts.sampling),
+            ("responses.sampling", self.responses.sampling),
+            ("judgments.sampling", self.judgments.sampling),
+            ("evaluation.sampling", self.evaluation.sampling),
+            *([("seed_data.eft_sampling", self.seed_data.eft_sampling)] if self.seed_data.eft_is_judged else []),
         ):
             if sampling.max_tokens >= self.engine.context:
                 raise ValueError(
-                    f"{name}.sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
+                    f"{name}.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
                     f"engine.context={self.engine.context}. Raise the context or lower max_tokens."
                 )
         return self

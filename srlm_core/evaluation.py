@@ -16,6 +16,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from srlm_core import judgments, schemas
 from srlm_core.engines.protocol import Engine, Request
+from srlm_core.length_control import length_controlled
 from srlm_core.store import digest
 
 VERSION = 1
@@ -342,7 +343,8 @@ def _in_order(match: Match, order: str) -> dict[str, str]:
 def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Count wins, ties and losses of target against other; a verdict that changes with the order is a tie.
 
-    120 wins, 80 ties, 56 losses of 256: 46.9 / 31.3 / 21.9 %, and 0.625 with ties as halves.
+    120 wins, 80 ties, 56 losses of 256: 46.9 / 31.3 / 21.9 %, and 0.625 with ties as halves. `lengths`: characters of
+    the answers, by id; `length_controlled` is what the 0.625 would be at equal length (srlm_core/length_control.py).
     """
     seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
     for row in rows.to_pylist():
@@ -359,8 +361,10 @@ def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str,
         "flip_rate": rate(flips)._asdict(),
     }
     if lengths is not None:
-        longer = [float(lengths[a] > lengths[b]) for a, b in both]
-        result["longer"] = rate(longer)._asdict()
+        more = np.array([float(lengths[a] - lengths[b]) for a, b in both])
+        result["longer"] = rate([float(characters > 0) for characters in more])._asdict()
+        controlled = length_controlled(np.array(points), more, np.zeros(len(more)))
+        result["length_controlled"] = Rate(*controlled, len(both) if controlled[0] is not None else 0)._asdict()
     return result
 
 

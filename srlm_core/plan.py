@@ -55,7 +55,11 @@ def plan(
         Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
-    generated = its * generated_tokens(config)
+    eft = _eft_judgments(config, seed_rows["eft"])
+    if eft:
+        lines.append(Line("judgments for EFT", eft, "judgments", f"{seed_rows['eft']} ranked responses, each pass"))
+    eft_tokens = eft * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL
+    generated = its * generated_tokens(config) + (0 if config.seed_data.eft_targets == "endpoint" else eft_tokens)
     # a prompt is read once to be answered and once to be judged, a response once to be judged
     read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
@@ -83,6 +87,13 @@ def generated_tokens(config: RunConfig) -> float:
     responses = config.prompts.target * config.responses.n
     task = config.prompts.sampling.max_tokens * ASSUMED_FILL
     return _asked(config) * task + responses * (_answer(config) + config.judgments.k * _written(config))
+
+
+def _eft_judgments(config: RunConfig, responses: int) -> int:
+    seed = config.seed_data
+    if not seed.eft_is_judged:
+        return 0
+    return responses if seed.eft_targets == "ranked" else responses * seed.eft_passes
 
 
 def _asked(config: RunConfig) -> int:

@@ -75,6 +75,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "usage": _usage(usage, timings),
         "drops": _drops(folder, found),
         "attacks": _attacks(folder, found),
+        "taught": report_words.taught(store.read_json(folder / "bootstrap" / "eft.json")),
         "set_aside": _set_aside(folder),
         "samples": _samples(folder, found),
         "changed": _changed(found.config),
@@ -158,6 +159,7 @@ def _match_rows(
         {
             "match": f"{newer} against {older}",
             "points": say(tally["win_or_half_tie"], with_n=True),
+            "controlled": say(tally.get("length_controlled") or evaluation.rate([])._asdict()),
             "split": "\xa0/\xa0".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
             "flips": say(tally["flip_rate"]),
             "longer": say(by_length[newer, older]["longer"], with_n=True),
@@ -271,7 +273,14 @@ def _set_aside(folder: Path) -> list[dict[str, Any]]:
     """Rows of the user's files that were not used."""
     files = sorted((folder / "bootstrap" / "set_aside").glob("*.json"))
     read = {path.stem: store.read_json(path) or [] for path in files}
-    return [{"file": name, "count": len(rows), "rows": rows[:_SET_ASIDE_SHOWN]} for name, rows in read.items() if rows]
+    return [
+        {
+            "file": name, "count": len(rows), "rows": rows[:_SET_ASIDE_SHOWN],
+            "reasons": Counter(row["reason"].split(":")[0] for row in rows).most_common(),
+        }
+        for name, rows in read.items()
+        if rows
+    ]  # fmt: skip
 
 
 def _samples(folder: Path, found: Summary) -> list[dict[str, Any]]:

@@ -312,6 +312,23 @@ def _about_the_judge(found: Summary, matches: Matches, judge: str | None) -> lis
     ]
 
 
+def taught(counts: Mapping[str, Any] | None) -> str:
+    """Say what became of the judgments that a model wrote for EFT; nothing where none did."""
+    if not counts:
+        return ""
+    said = f"{counts['judge']} wrote {counts['judgments']} judgments of ranked responses for M1 to learn from. "
+    if counts["targets"] == "ranked":
+        return said + f"{counts['readable']} hold a justification; the score below it is that of the human rank."
+    n = counts["groups"]
+    share = counts["groups_agreeing"] / n
+    agreeing = spell(share, math.sqrt(share * (1 - share) / n), n)
+    return said + (
+        f"{counts['readable']} can be read. {counts['passes_agreeing']} of {counts['passes']} passes over the "
+        f"responses of a prompt agree with people's ranking of them; a share of {agreeing} of the prompts has such a "
+        f"pass, which is taught. {counts['over_common']} responses with an over-common score are left out."
+    )
+
+
 def _about_the_sizes(found: Summary, matches: Matches) -> list[str]:
     said: list[str] = []
     pairs = [int(of[f"{_HALF}_n"]) for of in found.of_model.values() if of.get(f"{_HALF}_n")]

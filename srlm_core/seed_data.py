@@ -81,11 +81,13 @@ def _files(config: RunConfig) -> dict[str, data.Loaded]:
 
 
 def _to_judge_by(seed: SeedDataConfig, groups: data.Loaded, ift: Sequence[Mapping[str, Any]]) -> data.Loaded:
-    """Choose the groups that teach judging and, where they bring no scores, give them those of their ranks."""
+    """Choose the groups that teach judging and, where their ranks are to score them, score them."""
     if seed.eft_targets == "written":
         return groups._replace(rows=data.spread(groups.rows, seed.eft_groups))
     rows, taught = eft.apart_from(groups.rows, ift)
-    chosen, common = eft.thinned(eft.scored(data.spread(rows, seed.eft_groups)))
+    chosen, common = data.spread(rows, seed.eft_groups), []
+    if seed.eft_targets == "ranked":
+        chosen, common = eft.thinned(eft.scored(chosen))
     if not chosen:
         raise DataError(
             f"seed_data.eft: expected ranked groups whose prompts IFT does not teach, got {len(taught)} that it does. "

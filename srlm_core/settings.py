@@ -27,12 +27,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     "bootstrap": (
         "seed_data.ift", "seed_data.eft", "seed_data.ift_kinds", "seed_data.ift_rows", "seed_data.eft_groups",
         "seed_data.eft_form", "seed_data.eft_targets", "seed_data.keep_out", "seed_data.heldout_share", "training.sft",
+        "seed_data.eft_endpoint", "seed_data.eft_passes", "seed_data.eft_agree", "seed_data.eft_sampling",
+        "judgments.rubric",
     ),
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
     "responses": ("responses",),
     "judgments": (
-        "judgments.reading", "judgments.justified", "judgments.rubric", "judgments.judge", "judgments.sampling",
-        "judgments.k",
+        "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
     ),
     "pairs": ("pairs", "judgments.min_valid"),
     "training": ("training.dpo",),

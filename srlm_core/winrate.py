@@ -9,7 +9,6 @@ import gzip
 import itertools
 import json
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
 
 from srlm_core.errors import DataError
+from srlm_core.length_control import SAMPLES, length_controlled
 from srlm_core.summary import in_columns, spell
-
-SAMPLES = 100
-"""Bootstrap samples behind the error of a length-controlled rate."""
-UNBOUNDED = 15.0
-"""A coefficient beyond it is a fit that found none: a step of one feature would change the odds three million times."""
 
 
 class WinRate(NamedTuple):
@@ -196,9 +190,11 @@ def _measure(its: Sequence[Verdict], hard: np.ndarray, samples: int, seed: int) 
     won, n = np.array([verdict.won for verdict in its]), len(its)
     wins, draws, losses = (int(count) for count in ((won > 0.5).sum(), (won == 0.5).sum(), (won < 0.5).sum()))
     lengths = [verdict.length for verdict in its if verdict.length is not None]
-    controlled = _length_controlled(its, won, hard, samples, seed)
+    longer = np.array([np.nan if verdict.longer is None else verdict.longer for verdict in its])
+    level, error = length_controlled(won, longer, hard, samples=samples, seed=seed)
     return WinRate(
-        float(100 * won.mean()), float(100 * won.std(ddof=1) / math.sqrt(n)) if n > 1 else None, *controlled,
+        float(100 * won.mean()), float(100 * won.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
+        None if level is None else 100 * level, None if error is None else 100 * error,
         100 * (wins + draws / 2) / n, wins, draws, losses, n, float(np.mean(lengths)) if lengths else None,
     )  # fmt: skip
 
@@ -220,45 +216,6 @@ def standardised(its: Sequence[Verdict], known: Mapping[str, float]) -> np.ndarr
     found = np.array([known.get(verdict.instruction, np.nan) for verdict in its])
     spread = np.nanstd(found) if np.isfinite(found).any() else 0.0
     return np.nan_to_num((found - np.nanmean(found)) / spread) if spread else np.zeros(len(its))
-
-
-def _length_controlled(
-    its: Sequence[Verdict], won: np.ndarray, hard: np.ndarray, samples: int, seed: int
-) -> tuple[float | None, float | None]:
-    longer = np.array([np.nan if verdict.longer is None else verdict.longer for verdict in its])
-    if not np.isfinite(longer).all():
-        return None, None
-    spread = longer.std()
-    features = np.column_stack([np.tanh(longer / spread) if spread else np.zeros(len(longer)), hard])
-    level = at_equal_length(features, won)
-    if level is None:
-        return None, None
-    rng = np.random.default_rng(seed)
-    drawn = (rng.integers(0, len(won), len(won)) for _ in range(samples))
-    again = [found for sample in drawn if (found := at_equal_length(features[sample], won[sample])) is not None]
-    # an error over the samples that have a solution would leave out the widest ones
-    return 100 * level, 100 * float(np.std(again)) if samples and len(again) == samples else None
-
-
-def at_equal_length(features: np.ndarray, won: np.ndarray) -> float | None:
-    """Fit P(win) = sigmoid(theta + phi * length + psi * difficulty) and return its mean at length 0.
-
-    `features` [n, 2]: tanh of the standardised length difference, and the difficulty. `won` [n] in [0, 1]. Null where
-    length or difficulty tell wins from losses without an error: then no finite phi or psi fits best.
-    """
-    if won.min() == won.max() in (0, 1):
-        return float(won.mean())  # it won or lost everything: no length explains that
-    fit = LogisticRegression(C=1e9, solver="newton-cholesky", tol=1e-9, max_iter=1000)
-    # A verdict of 0.7 is a win of weight 0.7 and a loss of weight 0.3
-    both, outcome = np.vstack([features, features]), np.repeat([1, 0], len(won))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it warns of is seen by its result
-        fit.fit(both, outcome, sample_weight=np.concatenate([won, 1 - won]))
-    if not np.isfinite(fit.coef_).all() or np.abs(fit.coef_).max() > UNBOUNDED:
-        return None
-    level = features.copy()
-    level[:, 0] = 0
-    return float(fit.predict_proba(level)[:, 1].mean())
 
 
 def as_text(found: Annotations, measured: Mapping[str, WinRate]) -> str:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_core import eft, recipes
-from srlm_core.errors import ConfigError, DataError
+from srlm_core import eft, recipes, store
+from srlm_core.errors import ConfigError, DataError, NothingLeft
 from srlm_core.schemas import prompt_text
 from srlm_core.seed_data import load_seed
 from srlm_core.store import read_part
@@ -90,9 +90,7 @@ def test_a_campaign_learns_judging_from_human_ranks_and_is_measured_on_others(sc
     assert not [row for row in rows if any(prompt in prompt_text(row["prompt"]) for prompt in measuring)]
 
 
-def test_ranks_need_the_form_of_scores_and_a_split_needs_enough(tmp_path):
-    with pytest.raises(ConfigError, match="eft_form=score"):
-        recipes.load("smoke", overrides=["seed_data.eft_targets=ranked"])
+def test_a_split_needs_enough_and_ift_leaves_some(tmp_path):
     file = ranked_file(tmp_path, 1)
     wanted = [f"seed_data.eft={file}", "seed_data.eft_targets=ranked", "seed_data.eft_form=score"]
     with pytest.raises(DataError, match="for both parts"):
@@ -102,3 +100,117 @@ def test_ranks_need_the_form_of_scores_and_a_split_needs_enough(tmp_path):
     )
     with pytest.raises(DataError, match="whose prompts IFT does not teach, got 1"):
         load_seed(recipes.load("smoke", overrides=[*wanted, f"seed_data.ift={instructions}"]))
+
+
+def saying(**scores):
+    """What a judge said: `p0=[5, None]` = two passes over the response "p 0"."""
+    return {
+        ("p", f"p {name[1:]}"): [eft.Said(score, f"Because. Score: {score}") for score in passes]
+        for name, passes in scores.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scores", "strict", "top"),
+    [
+        ((0, 1), (4, 2), True, True),
+        ((0, 1), (2, 4), False, False),
+        ((0, 1), (4, 4), False, False),  # says nothing
+        ((0, 1, 2), (4, 4, 3), True, True),  # a tie inverts nothing
+        ((0, 1, 2), (5, 2, 3), False, True),  # the best is the best, the others are inverted
+        ((0, 0, 1), (1, 5, 1), True, True),  # of two best ones one is enough
+        ((0, 1, 2), (None, 4, 2), True, True),  # what cannot be read is left out
+        ((0, 1, 2), (None, 2, 4), False, False),
+        ((0, 1), (3, None), False, False),
+        ((0, 1), (None, None), False, False),
+        ((0, 0), (3, 4), False, True),
+    ],
+)
+def test_which_scores_agree_with_a_ranking(ranks, scores, strict, top):
+    said = saying(**{f"p{n}": [score] for n, score in enumerate(scores)})
+    for agree, expected in (("strict", strict), ("top", top)):
+        found = eft.agreeing([group("p", *ranks)], said, agree)
+        assert bool(found.groups) == expected
+        assert len(found.set_aside) == (not expected)
+
+
+def test_the_first_pass_that_agrees_is_taken_and_all_is_counted():
+    said = saying(p0=[1, 4.5, 5], p1=[2, None, 1], p2=[3, 3, 2])
+    found = eft.agreeing([group("p", 0, 1, 2)], said, "strict")
+    (taken,) = found.groups
+    assert [(r["text"], r["rank"], r["score"], r["judgment"]) for r in taken["responses"]] == [
+        ("p 0", 0, 4.5, "Because. Score: 4.5"),
+        ("p 2", 2, 3, "Because. Score: 3"),
+    ]
+    assert found.counts == {
+        "groups": 1, "judgments": 9, "readable": 8, "passes": 3, "passes_agreeing": 1, "groups_agreeing": 1,
+    }  # fmt: skip
+
+
+def test_what_was_never_judged_is_set_aside_with_its_reason():
+    found = eft.agreeing([group("p", 0, 1), group("q", 0, 1)], saying(p0=[1], p1=[2]), "strict")
+    assert [(g["prompt"], why) for g, why in found.set_aside] == [
+        ("p", "no pass agrees with the ranking"),
+        ("q", "no judgment can be read"),
+    ]
+
+
+def test_a_justification_gets_the_score_of_the_rank():
+    said = {("p", "p 0"): [eft.Said(1, "Clear.\n**Score: 1**")], ("p", "p 1"): [eft.Said(None, "No end")]}
+    found = eft.justified(eft.scored([group("p", 0, 1)]), said)
+    assert [r["judgment"] for g in found.groups for r in g["responses"]] == ["Clear.\nScore: 5"]
+    assert [why for _, why in found.set_aside] == ["1 response(s) without a justification"]
+    assert found.counts == {"groups": 1, "judgments": 2, "readable": 1}
+
+
+def judgments_taught(folder):
+    rows = read_part(folder / "bootstrap" / "eft.parquet").to_pylist()
+    return [row["completion"][0]["content"] for row in rows]
+
+
+def test_a_model_judges_and_what_agrees_with_people_is_taught(scripted):
+    folder = scripted(
+        "iterations=0",
+        "seed_data.eft_groups=null",
+        "seed_data.eft_targets=self",
+        "seed_data.eft_passes=4",
+        "engine.shard_rows=16",
+    )
+    told = json.loads((folder / "bootstrap" / "eft.json").read_text())
+    assert told["judge"] == "sft_baseline"
+    judged = [row for path in store.parts(folder / "bootstrap" / "judgments") for row in read_part(path).to_pylist()]
+    assert told["judgments"] == len(judged) > 0
+    assert told["readable"] == sum(row["verdict"] is not None for row in judged)
+    assert 0 < told["groups_agreeing"] < told["groups"]
+    taught = judgments_taught(folder)
+    assert set(taught) <= {row["text"].strip() for row in judged}
+    aside = json.loads((folder / "bootstrap" / "set_aside" / "eft_judged.json").read_text())
+    assert len(aside) == told["groups"] - told["groups_agreeing"] + told["over_common"]
+
+
+def test_ranks_score_and_the_model_justifies(scripted):
+    folder = scripted("iterations=0", "seed_data.eft_targets=ranked")
+    taught = judgments_taught(folder)
+    assert taught
+    assert {text.splitlines()[-1] for text in taught} <= {f"Score: {n}" for n in range(6)}
+    assert all(len(text.splitlines()) > 1 for text in taught)
+
+
+def test_a_judge_that_never_agrees_ends_with_what_to_do(scripted, tmp_path):
+    poor, good = {"text": "Nothing.", "rank": 0}, {"text": "Sound: " * 5, "rank": 1}
+    file = write(tmp_path / "g.jsonl", [{"prompt": f"Question {n}?", "responses": [good, poor]} for n in range(3)])
+    with pytest.raises(NothingLeft, match=r"got none \(groups 3, judgments 18, .*agreeing 0.*eft_targets=endpoint"):
+        scripted("iterations=0", "seed_data.eft_targets=self", f"seed_data.eft={file}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["seed_data.eft_targets=endpoint"], "needs the model that judges"),
+        (["seed_data.eft_endpoint=m@http://x/v1"], "for eft_targets=endpoint or ranked"),
+        (["seed_data.eft_targets=self", "seed_data.eft_sampling.max_tokens=100000"], "eft_sampling.max_tokens=100000"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        recipes.load("smoke", overrides=settings)

@@ -1,3 +1,4 @@
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +125,24 @@ def played(word):
 def test_a_judge_that_prefers_a_response_does_so_in_both_orders():
     assert played("good")["win"]["value"] == 1
     assert played("b")["lose"]["value"] == 1
+
+
+def test_points_at_equal_length_as_worked_by_hand():
+    """Of four longer answers three win, of four shorter ones two: theta = ln(3) / 2, its sigmoid 0.634."""
+    games = [(1, True)] * 3 + [(1, False)] + [(-1, True)] * 2 + [(-1, False)] * 2
+    rows, lengths = [], {}
+    for n, (longer, won) in enumerate(games):
+        a, b = f"a{n}", f"b{n}"
+        lengths |= {a: 500 + 200 * longer, b: 500 - 200 * longer}
+        for first, verdict in ((a, 0.9 if won else 0.1), (b, 0.1 if won else 0.9)):
+            rows.append({"target_id": a, "other_id": b, "first": first, "verdict": verdict})
+    found = evaluation.tally(pa.Table.from_pylist(rows), lengths)
+    assert found["win_or_half_tie"]["value"] == pytest.approx(5 / 8)
+    assert found["length_controlled"]["value"] == pytest.approx(0.633975, abs=1e-5)
+    assert found["length_controlled"]["n"] == 8
+    assert found["longer"]["value"] == 0.5
+    nobody = evaluation.tally(pa.Table.from_pylist(rows).slice(0, 0), {})
+    assert nobody["length_controlled"] == {"value": None, "stderr": None, "n": 0}
 
 
 def test_a_judge_that_takes_the_first_gives_ties_and_flips():

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from flows.cli import app
-from srlm_core import winrate
+from srlm_core import length_control, winrate
 from srlm_core.errors import DataError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -79,7 +79,7 @@ def test_where_length_decides_nothing_control_changes_little(seed, theta):
     rng = np.random.default_rng(seed)
     won = (rng.random(600) < 1 / (1 + np.exp(-theta))).astype(float)
     features = np.column_stack([np.tanh(rng.normal(size=600)), np.zeros(600)])
-    assert winrate.at_equal_length(features, won) == pytest.approx(won.mean(), abs=0.03)
+    assert length_control.at_equal_length(features, won) == pytest.approx(won.mean(), abs=0.03)
 
 
 def test_how_easy_an_instruction_is_say_the_other_models_alone():
