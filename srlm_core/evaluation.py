@@ -15,6 +15,7 @@ import pyarrow as pa
 from scipy.stats import kendalltau, spearmanr
 
 from srlm_core import judgments, schemas
+from srlm_core.answers import Rate, rate
 from srlm_core.engines.protocol import Engine, Request
 from srlm_core.length_control import length_controlled
 from srlm_core.store import digest
@@ -22,23 +23,6 @@ from srlm_core.store import digest
 VERSION = 1
 NEAR = 0.2
 """Two responses are of nearly equal length where the shorter lacks at most this share of the longer's characters."""
-
-
-class Rate(NamedTuple):
-    """A number with its uncertainty; null where there was nothing to measure."""
-
-    value: float | None
-    stderr: float | None
-    n: int
-
-
-def rate(values: Sequence[float]) -> Rate:
-    """Return the mean of independent values with its standard error; (0.64, 0.03, 256) for 164 ones of 256."""
-    n = len(values)
-    if not n:
-        return Rate(None, None, 0)
-    mean = math.fsum(values) / n
-    return Rate(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / n / n), n)
 
 
 # --- the judge against held-out rankings ----------------------------------------------------------------------------
@@ -220,20 +204,6 @@ def _length_pull(means: Mapping[str, float], lengths: Mapping[str, int]) -> floa
     if len({score for score, _ in both}) < 2 or len({length for _, length in both}) < 2:
         return None
     return _statistic(spearmanr([score for score, _ in both], [length for _, length in both]))
-
-
-def lengths_of(responses: pa.Table) -> dict[str, Any]:
-    """Describe how long responses are, in characters and tokens, and how many were cut."""
-    chars = [len(text) for text in responses["response"].to_pylist()]
-    tokens = responses["n_tokens"].to_pylist()
-    cut = [float(reason == "length") for reason in responses["finish_reason"].to_pylist()]
-    return {
-        "n": len(chars),
-        "chars_mean": float(np.mean(chars)) if chars else None,
-        "chars_p95": float(np.percentile(chars, 95)) if chars else None,
-        "tokens_mean": float(np.mean(tokens)) if tokens else None,
-        "truncated": rate(cut)._asdict(),
-    }
 
 
 # --- responses that try to win a score ------------------------------------------------------------------------------

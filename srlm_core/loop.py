@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import eft, evaluation, judgments, prompts, responses, schemas, settings, store, training
+from srlm_core import answers, eft, evaluation, judgments, prompts, responses, schemas, settings, store, training
 from srlm_core.backend import Backend, Model
 from srlm_core.config import DpoConfig, RunConfig, SftConfig
 from srlm_core.data import SetAside
@@ -676,7 +676,7 @@ def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending[Mad
     if "text" in tables:
         results["text_reading"] = evaluation.judge_health(tables["text"])
     if "responses" in tables:
-        results["responses"] = evaluation.lengths_of(tables["responses"])
+        results["responses"] = answers.describe(tables["responses"])
     if "attacks" in tables:
         results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
     store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
@@ -694,10 +694,10 @@ def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> 
     """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
     folder = run.campaign.folder / "evaluation"
     asked = evaluation_prompts(run.seed_data.evaluation)
-    answers = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
+    answered = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
     pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
-    for newer, older in head_to_heads(run.config, set(answers)):
-        a, b = store.read_part(answers[newer]), store.read_part(answers[older])
+    for newer, older in head_to_heads(run.config, set(answered)):
+        a, b = store.read_part(answered[newer]), store.read_part(answered[older])
         played = evaluation.matches(asked, a, b)
         name = f"{newer}_vs_{older}"
         compare = partial(evaluation.compare, played, judge_name=judge.name)
@@ -710,7 +710,7 @@ def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> 
         for name, (work, lengths) in pending.items()
     }
     if results:
-        digests = {name: run.model(name).digest for name in answers}
+        digests = {name: run.model(name).digest for name in answered}
         told = {"judge": judge.name, "judge_digest": judge.digest, "digests": digests, "comparisons": results}
         store.write_json(folder / "head_to_head" / "results.json", told)
         run.tell("evaluation", model="head_to_head", results=results)

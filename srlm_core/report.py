@@ -68,7 +68,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "cell": summary.cell,
         "spell": summary.spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
-        "judges": _judges(found),
+        "judges": _by_model(found, _OF_THE_JUDGE),
+        "answered": _by_model(found, _OF_THE_ANSWERS),
         "matches": _match_rows(matches, by_length),
         "judge": judge,
         "trainings": _trainings(folder, found),
@@ -119,24 +120,34 @@ def _wins_by_length(
     }
 
 
-def _judges(found: Summary) -> list[dict[str, str]]:
-    """The judge measures of every evaluated model, spelled."""
-    names = {
-        "pairwise accuracy": "judge_pairwise_accuracy",
-        "… ties as halves": "judge_pairwise_accuracy_tie_half",
-        "… without ties": "judge_pairwise_accuracy_no_ties",
-        "… at nearly equal length": "judge_pairwise_accuracy_near_length",
-        "… of always the longer": "longer_accuracy",
-        "takes the longer of equals": "judge_longer_preferred_at_equal_rank",
-        "ties": "judge_tie_rate",
-        "exact order": "judge_exact_match",
-        "5 given to a best": "judge_five_best",
-        "Spearman": "judge_spearman",
-        "Kendall": "judge_kendall",
-        "readable": "readable_rate",
-        "readable as text": "text_readable_rate",
-        "mean score": "score_mean",
-    }
+_OF_THE_JUDGE = {
+    "pairwise accuracy": "judge_pairwise_accuracy",
+    "… ties as halves": "judge_pairwise_accuracy_tie_half",
+    "… without ties": "judge_pairwise_accuracy_no_ties",
+    "… at nearly equal length": "judge_pairwise_accuracy_near_length",
+    "… of always the longer": "longer_accuracy",
+    "takes the longer of equals": "judge_longer_preferred_at_equal_rank",
+    "ties": "judge_tie_rate",
+    "exact order": "judge_exact_match",
+    "5 given to a best": "judge_five_best",
+    "Spearman": "judge_spearman",
+    "Kendall": "judge_kendall",
+    "readable": "readable_rate",
+    "readable as text": "text_readable_rate",
+    "mean score": "score_mean",
+}
+_OF_THE_ANSWERS = {
+    "cut at max_tokens": "response_truncated_rate",
+    "repeated 4-grams": "response_repetition",
+    "distinct words": "response_distinct_1",
+    "distinct pairs of words": "response_distinct_2",
+    "refusals": "response_refused_rate",
+}
+"""Line of a table to the measure that it shows."""
+
+
+def _by_model(found: Summary, names: Mapping[str, str]) -> list[dict[str, str]]:
+    """Spell some measures of every evaluated model, a line each."""
     return [
         {"measure": label, **{model: _spelled(of, f"evaluation/{name}") for model, of in found.of_model.items() if of}}
         for label, name in names.items()

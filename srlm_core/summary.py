@@ -417,6 +417,10 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         ("judge_health", "score", "score_mean"),
         ("text_reading", "readable_rate", "text_readable_rate"),
         ("responses", "truncated", "response_truncated_rate"),
+        ("responses", "repetition", "response_repetition"),
+        ("responses", "refused", "response_refused_rate"),
+        ("responses", "distinct_1", "response_distinct_1"),
+        ("responses", "distinct_2", "response_distinct_2"),
         ("attacks", "shift", "attack_shift"),
     ):
         rate = results.get(block, {}).get(key)
@@ -426,8 +430,9 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 def _match_metrics(other: str, tally: Mapping[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for key in ("win_or_half_tie", "win", "tie", "lose", "flip_rate", "longer"):
-        name = "win_rate" if key == "win_or_half_tie" else key
+    named = {"win_or_half_tie": "win_rate", "length_controlled": "length_controlled_win_rate"}
+    for key in ("win_or_half_tie", "length_controlled", "win", "tie", "lose", "flip_rate", "longer"):
+        name = named.get(key, key)
         if key in tally:
             found[f"evaluation/{name}_vs_{other}"] = tally[key]["value"]
             found[f"evaluation/{name}_vs_{other}_stderr"] = tally[key]["stderr"]
