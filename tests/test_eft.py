@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -186,6 +187,30 @@ def test_a_model_judges_and_what_agrees_with_people_is_taught(scripted):
     assert set(taught) <= {row["text"].strip() for row in judged}
     aside = json.loads((folder / "bootstrap" / "set_aside" / "eft_judged.json").read_text())
     assert len(aside) == told["groups"] - told["groups_agreeing"] + told["over_common"]
+
+
+def test_a_campaign_stopped_while_it_judges_goes_on_where_it_was(scripted):
+    wanted = ("iterations=0", "seed_data.eft_groups=null", "seed_data.eft_targets=self", "engine.shard_rows=8")
+    taught = judgments_taught(scripted(*wanted, name="whole"))
+
+    class Stopped(Exception):
+        pass
+
+    made: list[bool] = []
+
+    def watch(what, details, stop_after=None):
+        if what == "part" and details["stage"] == "judgments":
+            made.append(details["reused"])
+            if len(made) == stop_after:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        scripted(*wanted, observers=[partial(watch, stop_after=2)])
+    before, made[:] = len(made), []
+    folder = scripted(*wanted, observers=[watch])
+    assert made.count(True) >= before
+    assert made.count(False) >= 1
+    assert judgments_taught(folder) == taught
 
 
 def test_ranks_score_and_the_model_justifies(scripted):
