@@ -175,7 +175,10 @@ def ranked(groups: Iterable[Mapping[str, Any]], scores: Mapping[str, float]) -> 
 
 
 def judge_health(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Describe a set of judgments: readable rate, why not, histogram, entropy, spread over passes, pull of length."""
+    """Describe a set of judgments: readable rate, why not, histogram, entropy, what passes differ by, pull of length.
+
+    `pass_agreement`: of two passes over a response, how often both say the same; 4, 4, 3 agree in 1 of 3 pairs.
+    """
     verdicts: dict[str, list[float]] = defaultdict(list)
     reasons: Counter[str] = Counter()
     for row in rows.select(["target_id", "verdict", "unreadable_reason"]).to_pylist():
@@ -194,9 +197,15 @@ def judge_health(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> di
         "score": rate(list(means.values()))._asdict(),
         "histogram": {str(point): histogram.get(point, 0) for point in range(6)},
         "entropy_bits": sum(share * math.log2(1 / share) for share in shares) if read else None,
+        "pass_agreement": rate([_agreement(values) for values in verdicts.values() if len(values) > 1])._asdict(),
         "spread_over_passes": math.fsum(spreads) / len(spreads) if spreads else None,
         "score_length_correlation": _length_pull(means, lengths or {}),
     }
+
+
+def _agreement(values: Sequence[float]) -> float:
+    pairs = list(itertools.combinations(values, 2))
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def _length_pull(means: Mapping[str, float], lengths: Mapping[str, int]) -> float | None:

@@ -135,6 +135,7 @@ _OF_THE_JUDGE = {
     "readable": "readable_rate",
     "readable as text": "text_readable_rate",
     "mean score": "score_mean",
+    "two passes say the same": "pass_agreement",
 }
 _OF_THE_ANSWERS = {
     "cut at max_tokens": "response_truncated_rate",

@@ -415,6 +415,7 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     for block, key, name in (
         ("judge_health", "readable_rate", "readable_rate"),
         ("judge_health", "score", "score_mean"),
+        ("judge_health", "pass_agreement", "pass_agreement"),
         ("text_reading", "readable_rate", "text_readable_rate"),
         ("responses", "truncated", "response_truncated_rate"),
         ("responses", "repetition", "response_repetition"),

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import prompts, responses
+from tables import judgments, prompts, responses
 
 from srlm_core import evaluation
 from srlm_core.config import EngineConfig
@@ -191,3 +191,18 @@ def test_a_better_scripted_judge_agrees_more_with_the_truth(tmp_path):
         ]
 
     assert accuracy(0.95) > accuracy(0.0) + 0.05
+
+
+def test_judge_health_as_worked_by_hand():
+    table = judgments([("a", 0, 4), ("a", 1, 4), ("a", 2, 3), ("b", 0, 5), ("b", 1, None), ("c", 0, 2), ("c", 1, 2)])
+    found = evaluation.judge_health(table, {"a": 30, "b": 40, "c": 10})
+    assert found["readable_rate"]["value"] == pytest.approx(6 / 7)
+    assert found["unreadable"] == {"no_score_line": 1}
+    assert found["score"]["value"] == pytest.approx((11 / 3 + 5 + 2) / 3)
+    assert found["histogram"] == {"0": 0, "1": 0, "2": 2, "3": 1, "4": 2, "5": 1}
+    assert found["entropy_bits"] == pytest.approx(1.918296)  # of shares 1/3, 1/6, 1/3, 1/6
+    assert found["pass_agreement"] == {"value": pytest.approx(2 / 3), "stderr": pytest.approx(2**0.5 / 6), "n": 2}
+    assert found["spread_over_passes"] == pytest.approx((2**0.5 / 3 + 0) / 2)
+    assert found["score_length_correlation"] == pytest.approx(1)
+    nothing = evaluation.judge_health(table.slice(0, 0))
+    assert (nothing["score"]["value"], nothing["pass_agreement"]["value"], nothing["entropy_bits"]) == (None,) * 3
