@@ -314,6 +314,9 @@ class EvaluationConfig(Settings):
     """Held-out ranked groups used; null = all."""
     text_judgments: int = Field(default=100, ge=0)
     """Held-out responses judged in the `text` form, whatever the loop reads, to report its readable rate."""
+    order_groups: int = Field(default=40, ge=0)
+    """Held-out groups whose best and worst response the model compares in both orders, to report how much it takes
+    what is shown first."""
     attacks: bool = True
     """Judge the responses that quote scores or give the judge orders, and report the mean shift."""
     sampling: SamplingConfig = SamplingConfig()

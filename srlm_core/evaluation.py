@@ -273,6 +273,17 @@ def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
     ]  # fmt: skip
 
 
+def best_against_worst(groups: Iterable[Mapping[str, Any]]) -> list[Match]:
+    """Lay out the best and the worst response of each ranked group as a match, `a` the best."""
+    played: list[Match] = []
+    for group in groups:
+        in_order = sorted(group["responses"], key=lambda response: response["rank"])
+        best, worst = (in_order[place]["text"] for place in (0, -1))
+        keys = [response_key(group["prompt"], text) for text in (best, worst)]
+        played.append(Match(digest(group["prompt"]), group["prompt"], keys[0], best, keys[1], worst))
+    return played
+
+
 def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tuple[pa.Table, pa.Table]:
     """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS."""
     rubric = judgments.load_rubric("pairwise", justified=None)
@@ -345,6 +356,23 @@ def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str,
         controlled = length_controlled(np.array(points), more, np.zeros(len(more)))
         result["length_controlled"] = Rate(*controlled, len(both) if controlled[0] is not None else 0)._asdict()
     return result
+
+
+def pull_of_order(rows: pa.Table) -> dict[str, Any]:
+    """Say how a judge compares the best and the worst of held-out groups, and how much the order decides.
+
+    `first_preferred` is 0.5 for a judge that does not mind the order, 1 for one that always takes what is shown first;
+    `better_preferred` is right in both orders 1, in one 1/2.
+    """
+    found = tally(rows)
+    first: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows.to_pylist():
+        first[row["target_id"]].append(float(row["verdict"] > 0.5))
+    both = [math.fsum(told) / 2 for told in first.values() if len(told) == 2]
+    return {
+        "first_preferred": rate(both)._asdict(), "better_preferred": found["win_or_half_tie"],
+        "flip_rate": found["flip_rate"],
+    }  # fmt: skip
 
 
 def _point(p_shown_first: float, p_shown_second: float) -> float:

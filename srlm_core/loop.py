@@ -600,6 +600,12 @@ def _submit_evaluation(
         "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
         "text": (judged(few, as_text), [_judging(config, few), "text"]),
     }
+    if config.evaluation.order_groups:
+        played = evaluation.best_against_worst(seed.heldout[: config.evaluation.order_groups])
+        pieces["order"] = (
+            partial(evaluation.compare, played, judge_name=model.name),
+            ["order", judgments.load_rubric("pairwise", justified=None).identity, [list(match) for match in played]],
+        )
     if seed.attacks:
         attacks = evaluation.attack_tasks(seed.attacks)
         pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
@@ -677,6 +683,8 @@ def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending[Mad
         results["text_reading"] = evaluation.judge_health(tables["text"])
     if "responses" in tables:
         results["responses"] = answers.describe(tables["responses"])
+    if "order" in tables:
+        results["order"] = evaluation.pull_of_order(tables["order"])
     if "attacks" in tables:
         results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
     store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)

@@ -127,6 +127,8 @@ _OF_THE_JUDGE = {
     "… at nearly equal length": "judge_pairwise_accuracy_near_length",
     "… of always the longer": "longer_accuracy",
     "takes the longer of equals": "judge_longer_preferred_at_equal_rank",
+    "of two, takes the first": "judge_first_preferred",
+    "of two, takes the better": "judge_better_preferred",
     "ties": "judge_tie_rate",
     "exact order": "judge_exact_match",
     "5 given to a best": "judge_five_best",

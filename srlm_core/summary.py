@@ -417,6 +417,8 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         ("judge_health", "score", "score_mean"),
         ("judge_health", "pass_agreement", "pass_agreement"),
         ("text_reading", "readable_rate", "text_readable_rate"),
+        ("order", "first_preferred", "judge_first_preferred"),
+        ("order", "better_preferred", "judge_better_preferred"),
         ("responses", "truncated", "response_truncated_rate"),
         ("responses", "repetition", "response_repetition"),
         ("responses", "refused", "response_refused_rate"),

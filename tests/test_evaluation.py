@@ -127,6 +127,22 @@ def test_a_judge_that_prefers_a_response_does_so_in_both_orders():
     assert played("b")["lose"]["value"] == 1
 
 
+def test_the_pull_of_the_order():
+    responses_of = [{"text": "bad", "rank": 2}, {"text": "good", "rank": 0}, {"text": "fair", "rank": 1}]
+    played = evaluation.best_against_worst([{"prompt": p, "responses": responses_of} for p in ("one?", "two?")])
+    assert [(match.a, match.b) for match in played] == [("good", "bad")] * 2
+
+    def pull(word):
+        return evaluation.pull_of_order(evaluation.compare(played, Prefers(word), judge_name="J")[0])
+
+    assert {key: value["value"] for key, value in pull("good").items()} == {
+        "first_preferred": 0.5, "better_preferred": 1, "flip_rate": 0,
+    }  # fmt: skip
+    assert {key: value["value"] for key, value in pull(None).items()} == {
+        "first_preferred": 1, "better_preferred": 0.5, "flip_rate": 1,
+    }  # fmt: skip
+
+
 def test_points_at_equal_length_as_worked_by_hand():
     """Of four longer answers three win, of four shorter ones two: theta = ln(3) / 2, its sigmoid 0.634."""
     games = [(1, True)] * 3 + [(1, False)] + [(-1, True)] * 2 + [(-1, False)] * 2
