@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from srlm_core.errors import DataError
-from srlm_core.length_control import SAMPLES, length_controlled
+from srlm_core.length_control import length_controlled
 from srlm_core.summary import in_columns, spell
 
 
@@ -164,8 +164,6 @@ def win_rates(
     verdicts: Iterable[Verdict],
     *,
     difficulties: Mapping[str, float] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
 ) -> dict[str, WinRate]:
     """Measure every model, by name. `difficulties`: of the instructions, where the official ones are at hand."""
     of: dict[str, list[Verdict]] = {}
@@ -179,19 +177,17 @@ def win_rates(
             f"{next(iter(difficulties), '')[:40]!r}. Name instructions as the annotations do."
         )
     return {
-        model: _measure(
-            its, standardised(its, others_on(its, won) if difficulties is None else difficulties), samples, seed
-        )
+        model: _measure(its, standardised(its, others_on(its, won) if difficulties is None else difficulties))
         for model, its in sorted(of.items())
     }
 
 
-def _measure(its: Sequence[Verdict], hard: np.ndarray, samples: int, seed: int) -> WinRate:
+def _measure(its: Sequence[Verdict], hard: np.ndarray) -> WinRate:
     won, n = np.array([verdict.won for verdict in its]), len(its)
     wins, draws, losses = (int(count) for count in ((won > 0.5).sum(), (won == 0.5).sum(), (won < 0.5).sum()))
     lengths = [verdict.length for verdict in its if verdict.length is not None]
     longer = np.array([np.nan if verdict.longer is None else verdict.longer for verdict in its])
-    level, error = length_controlled(won, longer, hard, samples=samples, seed=seed)
+    level, error = length_controlled(won, longer, hard)
     return WinRate(
         float(100 * won.mean()), float(100 * won.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
         None if level is None else 100 * level, None if error is None else 100 * error,

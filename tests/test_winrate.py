@@ -40,14 +40,14 @@ def games(*cells: tuple[int, int, int], model: str = "m") -> list[winrate.Verdic
     ],
 )
 def test_the_rate_at_equal_length_as_worked_by_hand(cells, level):
-    found = winrate.win_rates(games(*cells), samples=0)["m"]
+    found = winrate.win_rates(games(*cells))["m"]
     assert found.win_rate == pytest.approx(62.5)
     assert found.length_controlled_win_rate == pytest.approx(100 * level, abs=1e-3)
 
 
 def test_a_weighted_verdict_counts_by_its_weight_and_a_discrete_one_does_not():
     rows = [one._replace(won=won) for one, won in zip(games((0, 4, 0)), (0.9, 0.6, 0.5, 0.2), strict=True)]
-    found = winrate.win_rates(rows, samples=0)["m"]
+    found = winrate.win_rates(rows)["m"]
     assert found.win_rate == pytest.approx(100 * (0.9 + 0.6 + 0.5 + 0.2) / 4)
     assert (found.wins, found.draws, found.losses) == (2, 1, 1)
     assert found.discrete_win_rate == pytest.approx(62.5)
@@ -57,21 +57,34 @@ def test_a_weighted_verdict_counts_by_its_weight_and_a_discrete_one_does_not():
 
 def test_a_model_that_wins_or_loses_all_is_that_at_any_length():
     rows = games((400, 3, 3), (10, 3, 3)) + games((400, 3, 0), (10, 3, 0), model="n")
-    found = winrate.win_rates(rows, samples=5)
+    found = winrate.win_rates(rows)
     assert found["m"].length_controlled_win_rate == 100
     assert found["n"].length_controlled_win_rate == 0
 
 
 def test_where_length_tells_wins_from_losses_without_an_error_no_rate_is_made_up():
-    found = winrate.win_rates(games((400, 5, 5), (-400, 5, 0)), samples=5)["m"]
+    found = winrate.win_rates(games((400, 5, 5), (-400, 5, 0)))["m"]
     assert found.win_rate == 50
     assert found.length_controlled_win_rate is None
     assert found.length_controlled_win_rate_stderr is None
 
 
-def test_an_error_is_not_made_up_of_the_samples_that_happen_to_have_a_solution():
-    found = winrate.win_rates(games((400, 2, 2), (-400, 2, 1)), samples=50)["m"]
-    assert found.length_controlled_win_rate_stderr is None
+def test_the_error_of_the_fit_is_that_of_resampling():
+    found = winrate.win_rates(games((400, 90, 60), (-400, 70, 30), (50, 80, 35)))["m"]
+    rows = games((400, 90, 60), (-400, 70, 30), (50, 80, 35))
+    rng = np.random.default_rng(0)
+    drawn = [
+        [rows[i]._replace(instruction=str(n)) for n, i in enumerate(rng.integers(0, 240, 240))] for _ in range(300)
+    ]
+    again = [winrate.win_rates(sample)["m"].length_controlled_win_rate for sample in drawn]
+    assert found.length_controlled_win_rate_stderr == pytest.approx(np.std(again), rel=0.15)
+
+
+def test_the_error_without_any_pull_of_length_is_that_of_a_mean():
+    """Of ten games at each length six are won: the deviation is sqrt(.6 .4), over 20 games."""
+    found = winrate.win_rates(games((400, 10, 6), (-400, 10, 6)))["m"]
+    assert found.length_controlled_win_rate == pytest.approx(60)
+    assert found.length_controlled_win_rate_stderr == pytest.approx(100 * (0.6 * 0.4 / 20) ** 0.5, abs=1e-3)
 
 
 @given(st.integers(0, 2**31), st.floats(-2, 2))
@@ -79,7 +92,7 @@ def test_where_length_decides_nothing_control_changes_little(seed, theta):
     rng = np.random.default_rng(seed)
     won = (rng.random(600) < 1 / (1 + np.exp(-theta))).astype(float)
     features = np.column_stack([np.tanh(rng.normal(size=600)), np.zeros(600)])
-    assert length_control.at_equal_length(features, won) == pytest.approx(won.mean(), abs=0.03)
+    assert length_control.at_equal_length(features, won)[0] == pytest.approx(won.mean(), abs=0.03)
 
 
 def test_how_easy_an_instruction_is_say_the_other_models_alone():
@@ -98,7 +111,7 @@ def test_what_is_known_of_instructions_is_standardised_and_what_is_not_is_the_me
 def test_difficulties_that_are_given_are_used():
     rows = games((400, 4, 3), (-400, 4, 2))
     hard = {f"i{number}": float(number % 3) for number in range(8)}
-    with_them = winrate.win_rates(rows, difficulties=hard, samples=0)["m"].length_controlled_win_rate
+    with_them = winrate.win_rates(rows, difficulties=hard)["m"].length_controlled_win_rate
     assert with_them != pytest.approx(63.3975, abs=0.01)  # without any, see above
 
 
@@ -192,7 +205,7 @@ def test_without_lengths_there_is_no_controlled_rate(tmp_path):
 
 @PUBLISHED
 def test_published_annotations_give_the_published_rates():
-    found = winrate.win_rates(winrate.read(DATA / "alpaca_eval_annotations.csv.gz").verdicts, samples=0)
+    found = winrate.win_rates(winrate.read(DATA / "alpaca_eval_annotations.csv.gz").verdicts)
     with (DATA / "alpaca_eval_leaderboard.csv").open() as file:
         board = {row[""]: {name: float(row[name] or "nan") for name in PRINTED} for row in csv.DictReader(file)}
     assert found.keys() == board.keys()
