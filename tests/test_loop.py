@@ -343,12 +343,12 @@ def test_a_fork_shares_what_is_unchanged_and_leaves_the_first_alone(tmp_path):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     # long enough that it cannot end by itself first
-    asked = command(tmp_path, "--set", "prompts.target=400")
+    asked = command(tmp_path, "--set", "prompts.target=4000")
     child = subprocess.Popen(asked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENV, text=True)
     while not (tmp_path / "smoke" / "iter_01" / "prompts").exists() and child.poll() is None:
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=30)
-    assert child.returncode == 130
+    assert child.returncode == 130, said
     assert "the same command goes on" in said
     assert "Traceback" not in said
