@@ -4,12 +4,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from srlm_core.pairs import repetition
+from srlm_core.rates import Rate, rate
 
 _REFUSAL = re.compile(
     r"\b(i['’]m sorry|i am sorry|sorry, but|i apologi[sz]e|i can['’]t|i can ?not|i won['’]t|as an ai"
@@ -18,23 +19,6 @@ _REFUSAL = re.compile(
 )
 OPENING = 120
 """Characters within which a refusal is looked for: later the words mostly mean something else."""
-
-
-class Rate(NamedTuple):
-    """A number with its uncertainty; null where there was nothing to measure."""
-
-    value: float | None
-    stderr: float | None
-    n: int
-
-
-def rate(values: Sequence[float]) -> Rate:
-    """Return the mean of independent values with its standard error; (0.64, 0.03, 256) for 164 ones of 256."""
-    n = len(values)
-    if not n:
-        return Rate(None, None, 0)
-    mean = math.fsum(values) / n
-    return Rate(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / n / n), n)
 
 
 def describe(responses: pa.Table) -> dict[str, Any]:

@@ -165,12 +165,8 @@ def _plain(score: float) -> float:
 
 
 def _strict(responses: Sequence[Mapping[str, Any]]) -> bool:
-    signs = [
-        math.copysign(1, b["rank"] - a["rank"]) * (a["score"] - b["score"])
-        for a, b in itertools.combinations(responses, 2)
-        if a["rank"] != b["rank"]
-    ]
-    return min(signs, default=0) >= 0 and max(signs, default=0) > 0
+    margins = [a["score"] - b["score"] for a, b in itertools.permutations(responses, 2) if a["rank"] < b["rank"]]
+    return min(margins, default=0) >= 0 and max(margins, default=0) > 0
 
 
 def _top(responses: Sequence[Mapping[str, Any]]) -> bool:

@@ -15,9 +15,9 @@ import pyarrow as pa
 from scipy.stats import kendalltau, spearmanr
 
 from srlm_core import judgments, schemas
-from srlm_core.answers import Rate, rate
 from srlm_core.engines.protocol import Engine, Request
 from srlm_core.length_control import length_controlled
+from srlm_core.rates import Rate, rate
 from srlm_core.store import digest
 
 VERSION = 1

@@ -144,6 +144,7 @@ def self_reward(run: Run) -> None:
 def bootstrap(run: Run) -> None:
     """Train sft_baseline on IFT, and M1 on IFT + EFT, both from M0 (section 2.3)."""
     folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
+    _forget_seed_data(folder, judged=config.seed_data.eft_is_judged)
     for name, lines in seed.set_aside.items():
         _keep_set_aside(run, name, lines)
     with run.phase("base model"):
@@ -154,6 +155,14 @@ def bootstrap(run: Run) -> None:
     asked = _asked_in_eft(config, groups)
     eft_rows = _seed_rows(folder / "eft.parquet", training.eft_examples(groups, asked, config.seed_data.eft_form))
     _train(run, Lesson("M1", "sft", lambda: [ift, eft_rows], config.training.sft, base, None, folder))
+
+
+def _forget_seed_data(folder: Path, *, judged: bool) -> None:
+    """Drop what other settings left: a report must not tell of rows that this campaign did not see."""
+    shutil.rmtree(folder / "set_aside", ignore_errors=True)
+    (folder / "eft.json").unlink(missing_ok=True)
+    if not judged:
+        store.forget_later_parts(folder, "judgments", 0)
 
 
 def _keep_set_aside(run: Run, name: str, lines: Sequence[SetAside]) -> None:

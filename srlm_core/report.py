@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from srlm_core import evaluation, report_words, settings, store, summary
 from srlm_core.config import RunConfig
+from srlm_core.rates import rate
 from srlm_core.report_figures import Figure, all_figures
 from srlm_core.show import Story, sample, show, trained, visible
 from srlm_core.summary import Summary
@@ -173,7 +174,7 @@ def _match_rows(
         {
             "match": f"{newer} against {older}",
             "points": say(tally["win_or_half_tie"], with_n=True),
-            "controlled": say(tally.get("length_controlled") or evaluation.rate([])._asdict()),
+            "controlled": say(tally.get("length_controlled") or rate([])._asdict()),
             "split": "\xa0/\xa0".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
             "flips": say(tally["flip_rate"]),
             "longer": say(by_length[newer, older]["longer"], with_n=True),

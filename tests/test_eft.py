@@ -189,7 +189,7 @@ def test_a_model_judges_and_what_agrees_with_people_is_taught(scripted):
     assert len(aside) == told["groups"] - told["groups_agreeing"] + told["over_common"]
 
 
-def test_a_campaign_stopped_while_it_judges_goes_on_where_it_was(scripted):
+def test_a_campaign_stopped_while_it_judges_goes_on_where_it_was(scripted, tmp_path):
     wanted = ("iterations=0", "seed_data.eft_groups=null", "seed_data.eft_targets=self", "engine.shard_rows=8")
     taught = judgments_taught(scripted(*wanted, name="whole"))
 
@@ -206,11 +206,24 @@ def test_a_campaign_stopped_while_it_judges_goes_on_where_it_was(scripted):
 
     with pytest.raises(Stopped):
         scripted(*wanted, observers=[partial(watch, stop_after=2)])
-    before, made[:] = len(made), []
+    present = store.parts(tmp_path / "c" / "bootstrap" / "judgments")
+    present[-1].unlink()  # others were under way and may all have been finished
+    made.clear()
     folder = scripted(*wanted, observers=[watch])
-    assert made.count(True) >= before
+    assert made.count(True) == len(present) - 1 >= 1
     assert made.count(False) >= 1
     assert judgments_taught(folder) == taught
+
+
+def test_other_targets_leave_nothing_of_the_judge_behind(scripted):
+    folder = scripted("iterations=0", "seed_data.eft_targets=self") / "bootstrap"
+    assert (folder / "eft.json").exists()
+    assert list((folder / "drops").glob("part-judgments-*"))
+    scripted("iterations=0")
+    assert not (folder / "eft.json").exists()
+    assert not (folder / "set_aside").exists()
+    assert not list(store.parts(folder / "judgments"))
+    assert not list((folder / "drops").glob("part-judgments-*"))
 
 
 def test_ranks_score_and_the_model_justifies(scripted):
