@@ -15,6 +15,7 @@ from srlm_core.config import RunConfig
 from srlm_core.engines.models import describe
 from srlm_core.engines.protocol import Completion, Engine, Request
 from srlm_core.executor import PlainExecutor
+from srlm_core.run import Run
 from srlm_core.store import Campaign
 
 
@@ -50,7 +51,7 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
         Campaign(folder, "sampling") as campaign, PlainExecutor(29) as executor, Bare(config.engine, model) as bare,
     ):  # fmt: skip
         recorder = Recorder(backend.open(backend.base()))
-        run = loop.Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
+        run = Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
         campaign.logs.mkdir()
         with run.engines() as lend:
             lend(run.base).live()

@@ -18,6 +18,7 @@ from srlm_core.backend import Model, make_backend, resolve
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.executor import Pending, Work
 from srlm_core.recipes import load
+from srlm_core.run import Run
 from srlm_core.store import Campaign
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def main() -> None:
         def open_bare(model: Model) -> Bare:
             return Bare(config.engine, model.path)
 
-        loop.self_reward(loop.Run(config, campaign, executor, backend._replace(open=open_bare, train=train)))
+        loop.self_reward(Run(config, campaign, executor, backend._replace(open=open_bare, train=train)))
 
 
 def train(job: TrainingJob, *, log: Path, on_progress: Any = None) -> TrainingResult:

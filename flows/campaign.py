@@ -14,7 +14,7 @@ from srlm_core.backend import Backend
 from srlm_core.config import RunConfig
 from srlm_core.errors import SrlmError
 from srlm_core.executor import PlainExecutor
-from srlm_core.loop import Observer, Run
+from srlm_core.run import Observer, Run
 from srlm_core.store import Campaign
 from tasks.tracking import Tracking
 

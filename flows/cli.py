@@ -265,6 +265,19 @@ def recipes(
     typer.echo("smoke, demo: self_rewarding at that size")
 
 
+@app.command("ifeval")
+def ifeval_(
+    responses: Annotated[str, typer.Argument(help="Responses: rows with `prompt` and `response`.")],
+    questions: Annotated[str, typer.Option(help="IFEval's input_data.jsonl, or a dataset such as google/IFEval.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check given responses as IFEval does: strict and loose, of prompts and of instructions."""
+    from srlm_core.suites import ifeval
+
+    found = ifeval.scores_of_file(questions, responses)
+    typer.echo(json.dumps(found, indent=2) if as_json else _spell(found))
+
+
 @app.command()
 def doctor(root: Root = RUNS, as_json: AsJson = False) -> None:
     """Say whether this machine is fit, which engine would run, and what to do."""

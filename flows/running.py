@@ -12,11 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from srlm_core import __version__, loop, settings, store
+from srlm_core import __version__, measuring, settings, store
 from srlm_core.backend import Backend, describe_engine, make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.errors import StoreError
 from srlm_core.executor import PlainExecutor
+from srlm_core.run import Run
 from srlm_core.store import Campaign
 
 log = logging.getLogger("srlm")
@@ -163,6 +164,6 @@ def evaluate_model(
         agree(campaign, config, redo=False)
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
-        run = loop.Run(config, campaign, executor, backend, [console])
+        run = Run(config, campaign, executor, backend, [console])
         measured = backend.frozen(model)._replace(name=Path(model).name)
-        return loop.evaluate_one(run, measured, judging_only=judging_only)
+        return measuring.evaluate_one(run, measured, judging_only=judging_only)

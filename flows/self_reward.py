@@ -28,7 +28,7 @@ from flows.executor import PrefectExecutor
 from srlm_core import loop, recipes, settings
 from srlm_core.config import RunConfig
 from srlm_core.errors import ConfigError
-from srlm_core.loop import Run
+from srlm_core.run import Run
 from tasks.tracking import Tracking
 
 __all__ = ["run_campaign", "self_reward", "show"]

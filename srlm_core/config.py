@@ -303,6 +303,40 @@ class TrainingConfig(Settings):
     dpo: DpoConfig = DpoConfig()
 
 
+class SuitesConfig(Settings):
+    """Published benchmarks that each measured model takes. Their questions are kept out of everything that trains."""
+
+    alpaca_eval: str | None = None
+    """The baseline's outputs of AlpacaEval 2 (alpaca_eval_gpt4_baseline.json, or a dataset); null = not taken."""
+    arena_hard: str | None = None
+    """Folder with Arena-Hard's question.jsonl and one baseline's answers: baseline.jsonl or model_answer/NAME.jsonl."""
+    ifeval: str | None = None
+    """IFEval's input_data.jsonl, or a dataset such as google/IFEval; needs `pip install 'srlm[suites]'`."""
+    mt_bench: str | None = None
+    """Folder with MT-Bench's question.jsonl and, where there are any, reference_answer*.jsonl; or that file."""
+    capability: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, such as arc_challenge, gsm8k, mmlu (table 3); needs `srlm[suites]`, too."""
+    capability_shots: int | None = Field(default=None, ge=0)
+    """Examples shown before each of their questions; null = as each task says. The paper does not say."""
+    capability_tasks: str | None = None
+    """Folder of task files of your own, in the harness's form: `include` one of its tasks and name a local dataset."""
+    questions: int | None = Field(default=None, ge=1)
+    """Questions of each benchmark that are asked, spread over its categories; null = all."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=1024)
+    """How answers are drawn. Where a benchmark prescribes a temperature, it holds: MT-Bench by category, IFEval and
+    Arena-Hard 0."""
+    annotator: str | None = None
+    """Who judges AlpacaEval, MT-Bench and Arena-Hard: an endpoint as `model@http://host/v1`, a model's path, or `base`.
+    null = answers are written for the official tools and judged by nobody."""
+    annotation_tokens: int = Field(default=2048, ge=1)
+    """Longest written verdict. One that is cut off is null."""
+
+    @property
+    def taken(self) -> bool:
+        """Whether any benchmark is taken."""
+        return any((self.alpaca_eval, self.arena_hard, self.ifeval, self.mt_bench, self.capability))
+
+
 class EvaluationConfig(Settings):
     """What is measured, and by whom."""
 
@@ -326,6 +360,8 @@ class EvaluationConfig(Settings):
     """Comparisons: `chain` (each M_t against the one before), or a model that every M_t meets."""
     bootstrap_samples: int = Field(default=1000, ge=10)
     """Resamples of prompts behind each standard error of a correlation."""
+    suites: SuitesConfig = SuitesConfig()
+    """Published benchmarks."""
 
 
 class TrackingConfig(Settings):
@@ -361,11 +397,13 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _budgets_fit_the_context(self) -> "RunConfig":
+        suites = self.evaluation.suites
         for name, sampling in (
             ("prompts.sampling", self.prompts.sampling),
             ("responses.sampling", self.responses.sampling),
             ("judgments.sampling", self.judgments.sampling),
             ("evaluation.sampling", self.evaluation.sampling),
+            *([("evaluation.suites.sampling", suites.sampling)] if suites.taken else []),
             *([("seed_data.eft_sampling", self.seed_data.eft_sampling)] if self.seed_data.eft_is_judged else []),
         ):
             if sampling.max_tokens >= self.engine.context:

@@ -292,13 +292,14 @@ def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tupl
         Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
         for key, (match, order) in shown.items()
     ]
-    told = {scores.request_id: scores.logprobs for scores in engine.token_scores(requests, ("A", "B"))}
+    told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for key, (match, order) in shown.items():
-        logprobs = told[key]
+        logprobs = told[key].logprobs
         if logprobs is None:
-            row = {"id": digest(key, match.a_id, match.b_id), "stage": "evaluation", "reason": "judge_prompt_too_long"}
+            why = "judge_prompt_too_long" if told[key].missing == "too_long" else "no_answer"
+            row = {"id": digest(key, match.a_id, match.b_id), "stage": "evaluation", "reason": why}
             drops.append({**row, "iteration": 0, "detail": None})
             continue
         p_first = judgments.normalise(logprobs)[0]

@@ -47,7 +47,7 @@ def parse_verdict(text: str, finish_reason: str) -> Verdict:
     every judgment that was cut off: `Score: 4` may have been going to be `4.5`.
     """
     if finish_reason != "stop":
-        return Verdict(None, "truncated")
+        return Verdict(None, why_not_whole(finish_reason))
     marks = list(_MARKED.finditer(text))
     if not marks:
         return Verdict(None, "no_score_line")
@@ -60,6 +60,11 @@ def parse_verdict(text: str, finish_reason: str) -> Verdict:
     if not 0 <= value <= 5:
         return Verdict(None, "out_of_range")
     return Verdict(value, None)
+
+
+def why_not_whole(finish_reason: str) -> str:
+    """Say why a judgment that did not end by itself cannot be read."""
+    return "truncated" if finish_reason == "length" else "no_answer"
 
 
 class Rubric(NamedTuple):
@@ -236,8 +241,15 @@ def _scored(
     requests: Sequence[Request], engine: Engine, config: JudgmentsConfig
 ) -> Iterator[tuple[str, _Pass, list[float] | None]]:
     """Yield each pass with its justification and the probabilities of the six points, or null if they do not fit."""
-    drafts = {(draft.request_id, draft.index): draft for draft in _justify(requests, engine, config)}
+    drafts: dict[tuple[str, int], Completion] = {}
     by_id = {request.id: request for request in requests}
+    for draft in _justify(requests, engine, config):
+        if draft.finish_reason == "failed":
+            none = Verdict(None, why_not_whole("failed"))
+            seed = by_id[draft.request_id].seed + draft.index
+            yield draft.request_id, _Pass(draft.index, "", none, "failed", seed), None
+        else:
+            drafts[draft.request_id, draft.index] = draft
     scoring = [
         Request(f"{target_id}/{index}", messages=by_id[target_id].messages, prefix=f"{draft.text}Score: ")
         for (target_id, index), draft in drafts.items()
@@ -245,7 +257,8 @@ def _scored(
     for scores in engine.token_scores(scoring, POINTS):
         target_id, index = scores.request_id.rsplit("/", 1)
         draft = drafts[target_id, int(index)]
-        made = _Pass(draft.index, draft.text, Verdict(None, "score_line_too_long"), draft.finish_reason,
+        why = "score_line_too_long" if scores.missing == "too_long" else "no_answer"
+        made = _Pass(draft.index, draft.text, Verdict(None, why), draft.finish_reason,
                      by_id[target_id].seed + draft.index)  # fmt: skip
         yield target_id, made, None if scores.logprobs is None else normalise(scores.logprobs)
 

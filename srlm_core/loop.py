@@ -5,128 +5,31 @@ M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 
 
 import logging
 import shutil
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import answers, eft, evaluation, judgments, prompts, responses, schemas, settings, store, training
-from srlm_core.backend import Backend, Model
+from srlm_core import eft, evaluation, judgments, measuring, prompts, schemas, settings, store, training
+from srlm_core.backend import Model
 from srlm_core.config import DpoConfig, RunConfig, SftConfig
 from srlm_core.data import SetAside
-from srlm_core.engines.on_demand import OnDemand, Usage
+from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.errors import NothingLeft
-from srlm_core.executor import Executor, Pending, Work
+from srlm_core.executor import Pending, Work
 from srlm_core.methods import METHODS
 from srlm_core.methods.record import Shard, Step
-from srlm_core.seed_data import SeedData, load_seed
-from srlm_core.store import Campaign, Made, digest, materialize, part_path
+from srlm_core.run import BASELINE, MARKER, Run
+from srlm_core.store import Made, digest, materialize, part_path
 
 log = logging.getLogger("srlm")
-
-BASE, BASELINE = "M0", "sft_baseline"
-
-
-Observer = Callable[[str, dict[str, Any]], None]
-"""Told (what happened, details): part, training, model, iteration, evaluation, engine_start, phase, finished."""
-
-
-@dataclass
-class Run:
-    """One campaign being run."""
-
-    config: RunConfig
-    campaign: Campaign
-    executor: Executor
-    backend: Backend
-    observers: Sequence[Observer] = ()
-
-    def __post_init__(self) -> None:
-        self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
-        self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
-
-    def tell(self, what: str, **details: Any) -> None:
-        """Tell the observers."""
-        for observer in self.observers:
-            observer(what, details)
-
-    @cached_property
-    def base(self) -> Model:
-        return self.backend.base()
-
-    @cached_property
-    def seed_data(self) -> SeedData:
-        return load_seed(self.config)
-
-    def model(self, name: str) -> Model:
-        """Return a finished model of this campaign, or another one by path."""
-        if name == BASE:
-            return self.base
-        folder = self.campaign.model(name)
-        marker = store.read_json(folder / MARKER)
-        if marker is None:
-            return self.backend.frozen(name)
-        return Model(name, folder, marker["digest"])
-
-    def role(self, name: str, policy: Model) -> Model:
-        """Return the model that plays a role: the policy, the base, or another one by path."""
-        return {"policy": policy, "base": self.base}.get(name) or self.model(name)
-
-    @contextmanager
-    def engines(self) -> Iterator[Callable[[Model], OnDemand]]:
-        """Lend engines: one for each model, started when first asked, closed together."""
-        open_ones: dict[str, OnDemand] = {}
-        with ExitStack() as stack:
-
-            def lend(model: Model) -> OnDemand:
-                if model.name not in open_ones:
-                    engine = OnDemand(model.name, partial(self.backend.open, model), self._engine_started)
-                    open_ones[model.name] = stack.enter_context(engine)
-                return open_ones[model.name]
-
-            yield lend
-        self._count(open_ones.values())
-
-    def _engine_started(self, model: str, seconds: float) -> None:
-        self.add_time("engine starts", seconds)
-        with (self.campaign.logs / "engine_starts.txt").open("a") as file:
-            file.write(f"{model}\n")
-        self.tell("engine_start", model=model, seconds=seconds)
-
-    def _count(self, engines: Iterable[OnDemand]) -> None:
-        for engine in engines:
-            for stage, used in engine.usage.items():
-                total = Usage(**self.usage.get(stage, {}))
-                self.usage[stage] = {
-                    "requests": total.requests + used.requests,
-                    "tokens": total.tokens + used.tokens,
-                    "seconds": round(total.seconds + used.seconds, 2),
-                }
-        store.write_json(self.campaign.folder / "usage.json", self.usage)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; the sum over attempts goes into timings.json."""
-        started = time.monotonic()
-        self.tell("phase", name=name)
-        try:
-            yield
-        finally:
-            self.add_time(name, time.monotonic() - started)
-
-    def add_time(self, name: str, seconds: float) -> None:
-        self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
-        store.write_json(self.campaign.folder / "timings.json", self.timings)
-
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
@@ -201,9 +104,9 @@ def _judge_eft(run: Run, groups: Sequence[eft.Group]) -> list[eft.Group]:
     with run.phase("judging for EFT"), run.engines() as lend:
         pending = [_submit_eft(run, judge, lend, shards, number) for number in range(len(shards))]
         everyone = judge.name == BASELINE and run.config.evaluation.models == "all"
-        measuring = _submit_evaluation(run, judge, lend) if everyone else {}
+        started = measuring.submit(run, judge, lend) if everyone else {}
         parts = [work.result() for work in pending]
-        _finish_evaluation(run, judge, measuring)
+        measuring.finish(run, judge, started)
     store.forget_later_parts(run.campaign.folder / "bootstrap", "judgments", len(shards))
     by_id = {task.target_id: (task.prompt, task.response) for work in shards for task in work}
     said: defaultdict[tuple[str, str], list[eft.Said]] = defaultdict(list)
@@ -240,7 +143,9 @@ def _submit_eft(
     rubric = judgments.load_rubric(how.rubric, justified=True).identity
     what = [judgments.VERSION, how.model_dump(mode="json"), rubric, [list(task) for task in work]]
     folder, name = run.campaign.folder / "bootstrap", f"judgments of EFT {number + 1}/{len(shards)}"
-    part = partial(_measure, run, folder, "judgments", judge, lend, make, what, number=number, stage="judgments")
+    part = partial(
+        measuring.make_part, run, folder, "judgments", judge, lend, make, what, number=number, stage="judgments"
+    )
     return run.executor.submit(Work("judgments", name, part))
 
 
@@ -248,9 +153,9 @@ def iterate(run: Run, t: int) -> None:
     """Iteration t: M_t is evaluated, writes prompts, answers and judges; M_{t+1} is trained on what that made."""
     policy = run.model(f"M{t}")
     with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
-        measuring = _submit_evaluation(run, policy, lend)
+        started = measuring.submit(run, policy, lend)
         made = make_datasets(run, t, policy, lend)
-        _finish_evaluation(run, policy, measuring)
+        measuring.finish(run, policy, started)
     _require_rows(run, t, made)
     parts = _parts_to_train_on(run, t, made)
     reference = _anchor(run, run.config.training.dpo.reference, policy)
@@ -270,12 +175,13 @@ def evaluate_rest(run: Run) -> None:
     others = [last] + ([run.model(BASELINE)] if config.models == "all" else [])
     for model in others:
         with run.phase(f"evaluating {model.name}"), run.engines() as lend:
-            _finish_evaluation(run, model, _submit_evaluation(run, model, lend))
+            measuring.finish(run, model, measuring.submit(run, model, lend))
     judge = run.role(config.judge, run.base)
     with run.phase("evaluating M0, head to head"), run.engines() as lend:
         if config.models == "all":
-            _finish_evaluation(run, run.base, _submit_evaluation(run, run.base, lend))
-        _head_to_head(run, judge, lend)
+            measuring.finish(run, run.base, measuring.submit(run, run.base, lend))
+        measuring.head_to_head(run, judge, lend)
+    measuring.judge_suites(run)
 
 
 # --- the stages of an iteration -------------------------------------------------------------------------------------
@@ -443,9 +349,6 @@ def _anchor(run: Run, which: str, policy: Model) -> Model:
 
 # --- training -------------------------------------------------------------------------------------------------------
 
-MARKER = "complete.json"
-"""Written last into a model's folder: where it is, the model is whole."""
-
 
 class Lesson(NamedTuple):
     """One training run of the campaign: which model comes of what."""
@@ -558,188 +461,3 @@ def _keep_training_log(result: TrainingResult, lesson: Lesson, made_from: str) -
         for row_id, reason, n_tokens in result.dropped
     ]
     store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Lay out evaluation prompts; rows PROMPTS of iteration 0."""
-    return schemas.table(
-        (
-            {
-                "prompt_id": digest("evaluation", row["prompt"]),
-                "iteration": 0,
-                "messages": [{"role": "user", "content": row["prompt"]}],
-                "source": "evaluation",
-                "generator": "",
-            }
-            for row in rows
-        ),
-        schemas.PROMPTS,
-    )
-
-
-def _submit_evaluation(
-    run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging_only: bool = False
-) -> dict[str, Pending[Made]]:
-    """Start the measurements of one model, so that they share the engine's batch with whatever else it does.
-
-    `judging_only`: the held-out rankings alone.
-    """
-    if run.config.evaluation.models == "none":
-        return {}
-    seed, config = run.seed_data, run.config
-    asked = evaluation_prompts(seed.evaluation)
-    as_text = config.judgments.model_copy(update={"reading": "text", "justified": True, "k": 1})
-    tasks = evaluation.group_tasks(seed.heldout)
-    few = tasks[: config.evaluation.text_judgments]
-
-    def answer(engine: Engine) -> tuple[pa.Table, pa.Table]:
-        return responses.respond(
-            asked, engine, config.evaluation.sampling, n=1, iteration=0, model=model.name, seed=config.seed
-        )
-
-    def judged(work: Sequence[judgments.Task], how: Any) -> Callable[[Engine], tuple[pa.Table, pa.Table]]:
-        return lambda engine: judgments.judge(work, engine, how, iteration=0, judge_name=model.name, seed=config.seed)
-
-    sampling = settings.pick(config, ("evaluation.sampling",))
-    pieces: dict[str, tuple[Callable[[Engine], tuple[pa.Table, pa.Table]], Any]] = {
-        "responses": (answer, ["responses", responses.VERSION, store.rows_digest([asked], asked.schema), sampling]),
-        "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
-        "text": (judged(few, as_text), [_judging(config, few), "text"]),
-    }
-    if config.evaluation.order_groups:
-        played = evaluation.best_against_worst(seed.heldout[: config.evaluation.order_groups])
-        pieces["order"] = (
-            partial(evaluation.compare, played, judge_name=model.name),
-            ["order", judgments.load_rubric("pairwise", justified=None).identity, [list(match) for match in played]],
-        )
-    if seed.attacks:
-        attacks = evaluation.attack_tasks(seed.attacks)
-        pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
-    if judging_only:
-        pieces = {"heldout": pieces["heldout"]}
-    folder = run.campaign.folder / "evaluation" / model.name
-    return {
-        name: run.executor.submit(
-            Work("evaluation", f"{name} of {model.name}", partial(_measure, run, folder, name, model, lend, make, what))
-        )
-        for name, (make, what) in pieces.items()
-    }
-
-
-def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
-    """What the judgments of these tasks are made from."""
-    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
-    k = config.judgments.k
-    return [
-        k,
-        judgments.VERSION,
-        settings.pick(config, step.settings),
-        step.texts(config),
-        [list(task) for task in tasks],
-    ]
-
-
-def _measure(
-    run: Run,
-    folder: Path,
-    name: str,
-    model: Model,
-    lend: Callable[[Model], OnDemand],
-    make: Callable[[Engine], tuple[pa.Table, pa.Table]],
-    what: Any,
-    *,
-    number: int = 0,
-    stage: str = "evaluation",
-) -> Made:
-    """Make one part of what a model says outside the iterations, or find it made."""
-    engine = settings.pick(run.config, settings.ENGINE)
-    made_from = digest(
-        stage, evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32
-    )
-    made = materialize(
-        part_path(folder / name, number),
-        made_from,
-        lambda present: make(lend(model).stage(stage)),
-        drops=store.drops_path(folder, name, number),
-    )
-    run.tell("part", stage=stage, iteration=0, shard=number, path=made.path, reused=made.reused)
-    return made
-
-
-def _finish_evaluation(run: Run, model: Model, pending: Mapping[str, Pending[Made]]) -> None:
-    """Turn a model's evaluation tables into its results.json."""
-    if not pending:
-        return
-    tables = {name: store.read_part(work.result().path) for name, work in pending.items()}
-    config, seed = run.config, run.seed_data
-
-    def mean_scores(name: str) -> dict[str, float]:
-        judged = judgments.scores(tables[name], k=config.judgments.k, required=config.judgments.required)
-        return {target: score.mean for target, score in judged.items()}
-
-    groups = evaluation.ranked(seed.heldout, mean_scores("heldout"))
-    lengths = {task.target_id: len(task.response) for task in evaluation.group_tasks(seed.heldout)}
-    results: dict[str, Any] = {
-        "model": model.name,
-        "digest": model.digest,
-        "judge": evaluation.measure_judge(groups, samples=config.evaluation.bootstrap_samples, seed=config.seed),
-        "judge_health": evaluation.judge_health(tables["heldout"], lengths),
-    }
-    if "text" in tables:
-        results["text_reading"] = evaluation.judge_health(tables["text"])
-    if "responses" in tables:
-        results["responses"] = answers.describe(tables["responses"])
-    if "order" in tables:
-        results["order"] = evaluation.pull_of_order(tables["order"])
-    if "attacks" in tables:
-        results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
-    store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
-    run.tell("evaluation", model=model.name, results=results)
-
-
-def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:
-    """Measure one model by itself, or only how it judges, and return its results."""
-    with run.phase(f"evaluating {model.name}"), run.engines() as lend:
-        _finish_evaluation(run, model, _submit_evaluation(run, model, lend, judging_only=judging_only))
-    return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
-
-
-def _head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
-    """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
-    folder = run.campaign.folder / "evaluation"
-    asked = evaluation_prompts(run.seed_data.evaluation)
-    answered = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
-    pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
-    for newer, older in head_to_heads(run.config, set(answered)):
-        a, b = store.read_part(answered[newer]), store.read_part(answered[older])
-        played = evaluation.matches(asked, a, b)
-        name = f"{newer}_vs_{older}"
-        compare = partial(evaluation.compare, played, judge_name=judge.name)
-        what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
-        work = partial(_measure, run, folder / "head_to_head", name, judge, lend, compare, what)
-        lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
-        pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
-    results = {
-        name: evaluation.tally(store.read_part(work.result().path), lengths)
-        for name, (work, lengths) in pending.items()
-    }
-    if results:
-        digests = {name: run.model(name).digest for name in answered}
-        told = {"judge": judge.name, "judge_digest": judge.digest, "digests": digests, "comparisons": results}
-        store.write_json(folder / "head_to_head" / "results.json", told)
-        run.tell("evaluation", model="head_to_head", results=results)
-
-
-def head_to_heads(config: RunConfig, answered: set[str]) -> list[tuple[str, str]]:
-    """List the comparisons (newer, older) that the settings ask for, each once, among models that answered."""
-    policies = [f"M{t}" for t in range(1, config.iterations + 2)]
-    wanted: list[tuple[str, str]] = []
-    for opponent in config.evaluation.head_to_head:
-        if opponent == "chain":
-            wanted += zip(policies[1:], policies, strict=False)
-        else:
-            wanted += [(policy, opponent) for policy in policies if policy != opponent]
-    return [pair for pair in dict.fromkeys(wanted) if answered.issuperset(pair)]

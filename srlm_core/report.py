@@ -14,11 +14,13 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from srlm_core import evaluation, report_words, settings, store, summary
+from srlm_core import evaluation, paper, report_words, settings, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.rates import rate
 from srlm_core.report_figures import Figure, all_figures
 from srlm_core.show import Story, sample, show, trained, visible
+from srlm_core.spelling import spell
+from srlm_core.suites import SUITES
 from srlm_core.summary import Summary
 
 __all__ = ["show", "write_report"]
@@ -67,9 +69,11 @@ def gather(folder: Path) -> dict[str, Any]:
         "columns": summary.COLUMNS,
         "rows": summary.rows(found),
         "cell": summary.cell,
-        "spell": summary.spell,
+        "spell": spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
         "judges": _by_model(found, _OF_THE_JUDGE),
+        "suites": _by_model(found, _suite_measures(found)),
+        "annotators": _annotators(folder, found),
         "answered": _by_model(found, _OF_THE_ANSWERS),
         "matches": _match_rows(matches, by_length),
         "judge": judge,
@@ -148,34 +152,86 @@ _OF_THE_ANSWERS = {
     "refusals": "response_refused_rate",
 }
 """Line of a table to the measure that it shows."""
+_OF_THE_SUITES = {
+    "alpaca_eval_win_rate": "AlpacaEval 2, win rate",
+    "alpaca_eval_length_controlled": "… at equal length",
+    "alpaca_eval_chars": "… characters of an answer",
+    "alpaca_eval_readable_rate": "… readable verdicts",
+    "arena_hard_win_rate": "Arena-Hard, win rate",
+    "arena_hard_flip_rate": "… verdict changes with the order",
+    "arena_hard_readable_rate": "… readable verdicts",
+    "ifeval_prompt_level_strict_acc": "IFEval, prompts, strict",
+    "ifeval_inst_level_strict_acc": "… instructions, strict",
+    "ifeval_prompt_level_loose_acc": "… prompts, loose",
+    "ifeval_inst_level_loose_acc": "… instructions, loose",
+    "mt_bench_score": "MT-Bench, 1 to 10",
+    "mt_bench_turn_1": "… first turns",
+    "mt_bench_turn_2": "… second turns",
+    "mt_bench_readable_rate": "… readable grades",
+}
+"""Measure of a published benchmark to its line; others, such as MT-Bench's categories, follow by their own names."""
+
+
+def _suite_measures(found: Summary) -> dict[str, str]:
+    """Name the lines of the published benchmarks: (line: measure)."""
+    keys = {name.removeprefix("evaluation/") for of in found.of_model.values() for name in of}
+    prefixes = tuple(f"{suite}_" for suite in (*SUITES, "capability"))
+    there = [key for key in sorted(keys) if key.startswith(prefixes) and not key.endswith(("_stderr", "_n"))]
+    lines = {_OF_THE_SUITES[key]: key for key in _OF_THE_SUITES if key in there}
+    return lines | {
+        key.removeprefix("capability_").replace("_", " "): key for key in there if key not in _OF_THE_SUITES
+    }
+
+
+def _annotators(folder: Path, found: Summary) -> list[str]:
+    """Say who judged the published benchmarks, and where a model judged its own answers."""
+    told: dict[str, None] = {}
+    for model in found.models:
+        for name, figures in ((summary.evaluation_results(folder, model) or {}).get("suites") or {}).items():
+            if "judge" in figures:
+                told[f"{name} by {figures['judge']}"] = None
+            if figures.get("judged_by_itself"):
+                told[f"{name}: {model} judged its own answers"] = None
+    return list(told)
 
 
 def _by_model(found: Summary, names: Mapping[str, str]) -> list[dict[str, str]]:
     """Spell some measures of every evaluated model, a line each."""
     return [
-        {"measure": label, **{model: _spelled(of, f"evaluation/{name}") for model, of in found.of_model.items() if of}}
+        {
+            "measure": label,
+            **{model: _spelled(of, f"evaluation/{name}") for model, of in found.of_model.items() if of},
+            **({"paper": _published(name)} if any(name in paper.FIGURES for name in names.values()) else {}),
+        }
         for label, name in names.items()
         if any(f"evaluation/{name}" in of for of in found.of_model.values())
     ]
 
 
+def _published(name: str) -> str:
+    """Spell what the paper's four models reached, from the SFT baseline to M3."""
+    form = ".0f" if name.endswith("_chars") else ".2f"
+    return " · ".join(spell(value, form=form) for value in paper.FIGURES.get(name, ()))
+
+
 def _spelled(metrics: Mapping[str, float], name: str) -> str:
     n = metrics.get(f"{name}_n")
-    return summary.spell(metrics.get(name), metrics.get(f"{name}_stderr"), None if n is None else int(n))
+    return spell(metrics.get(name), metrics.get(f"{name}_stderr"), None if n is None else int(n))
 
 
 def _match_rows(
     matches: Mapping[tuple[str, str], Mapping[str, Any]], by_length: Mapping[tuple[str, str], Mapping[str, Any]]
 ) -> list[dict[str, str]]:
     def say(rate: Mapping[str, Any], *, with_n: bool = False) -> str:
-        return summary.spell(rate["value"], rate["stderr"], rate["n"] if with_n else None)
+        return spell(rate["value"], rate["stderr"], rate["n"] if with_n else None)
 
     return [
         {
             "match": f"{newer} against {older}",
             "points": say(tally["win_or_half_tie"], with_n=True),
             "controlled": say(tally.get("length_controlled") or rate([])._asdict()),
-            "split": "\xa0/\xa0".join(summary.spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
+            "split": "\xa0/\xa0".join(spell(tally[key]["value"]) for key in ("win", "tie", "lose")),
+            "paper": "\xa0/\xa0".join(spell(share) for share in paper.MATCHES.get((newer, older), ())),
             "flips": say(tally["flip_rate"]),
             "longer": say(by_length[newer, older]["longer"], with_n=True),
             "not_longer": say(by_length[newer, older]["not_longer"], with_n=True),
@@ -190,20 +246,20 @@ def _trainings(folder: Path, found: Summary) -> list[dict[str, str]]:
         of = summary.training_metrics(folder, model)
         marker = store.read_json(folder / "models" / model / "complete.json") or {}
         if of:
-            first, last = summary.spell(of.get("training/loss_first")), summary.spell(of.get("training/loss"))
+            first, last = spell(of.get("training/loss_first")), spell(of.get("training/loss"))
             shown.append(
                 {
                     "model": model,
                     "kind": str(marker.get("kind", "not finished")),
                     "from": str((marker.get("init_from") or ["–"])[0]),
                     "reference": str((marker.get("reference") or ["–"])[0]),
-                    "rows": summary.spell(of.get("training/n_rows"), form=".0f"),
-                    "dropped": summary.spell(of.get("training/dropped"), form=".0f"),
-                    "steps": summary.spell(of.get("training/steps"), form=".0f"),
+                    "rows": spell(of.get("training/n_rows"), form=".0f"),
+                    "dropped": spell(of.get("training/dropped"), form=".0f"),
+                    "steps": spell(of.get("training/steps"), form=".0f"),
                     "loss": f"{first} → {last}",
-                    "accuracy": summary.spell(of.get("training/rewards_accuracy")),
-                    "margin": summary.spell(of.get("training/rewards_margin")),
-                    "seconds": summary.spell(of.get("training/seconds"), form=".0f"),
+                    "accuracy": spell(of.get("training/rewards_accuracy")),
+                    "margin": spell(of.get("training/rewards_margin")),
+                    "seconds": spell(of.get("training/seconds"), form=".0f"),
                 }
             )
     return shown
@@ -273,15 +329,14 @@ def _attacks(folder: Path, found: Summary) -> dict[str, Any]:
     last = list(by_model)[-1]
     worst = sorted(by_model[last].items(), key=lambda item: (-item[1], item[0]))[:_FORMS_SHOWN]
     forms = [
-        {"form": form, "shifts": [summary.spell(of.get(form), form="+.2f") for of in by_model.values()]}
-        for form, _ in worst
+        {"form": form, "shifts": [spell(of.get(form), form="+.2f") for of in by_model.values()]} for form, _ in worst
     ]
     return {"shifts": shifts, "forms": forms, "models": list(by_model), "last": last}
 
 
 def _shift(metrics: Mapping[str, float]) -> str:
     name = "evaluation/attack_shift"
-    return summary.spell(metrics.get(name), metrics.get(f"{name}_stderr"), int(metrics.get(f"{name}_n", 0)), "+.2f")
+    return spell(metrics.get(name), metrics.get(f"{name}_stderr"), int(metrics.get(f"{name}_n", 0)), "+.2f")
 
 
 def _set_aside(folder: Path) -> list[dict[str, Any]]:
@@ -331,7 +386,7 @@ def _told_response(story: Story, row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": row["n_tokens"],
         "cut": row["finish_reason"] == "length",
         "role": story.role(row["response_id"]),
-        "score": summary.spell(score.mean) if score else None,
+        "score": spell(score.mean) if score else None,
         "left_out": story.why_not(row["response_id"]),
         "judgments": [
             {

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from srlm_core.config import RunConfig
-from srlm_core.summary import BASE, BASELINE, Summary, spell
+from srlm_core.spelling import spell
+from srlm_core.summary import BASE, BASELINE, Summary
 
 Matches = Mapping[tuple[str, str], Mapping[str, Any]]
 

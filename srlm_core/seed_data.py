@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from srlm_core import contamination, data, eft
+from srlm_core import contamination, data, eft, suites
 from srlm_core.config import RunConfig, SeedDataConfig
 from srlm_core.errors import DataError
 from srlm_core.store import digest
@@ -19,6 +19,8 @@ class SeedData(NamedTuple):
     evaluation: list[dict[str, Any]]
     attacks: list[dict[str, Any]]
     own_prompts: list[str]
+    suites: Mapping[str, suites.Taken]
+    """The published benchmarks that the models take."""
     measuring: contamination.Watch
     """Knows the prompts that must never be trained on: also where this campaign measures by a part of them."""
     set_aside: dict[str, list[data.SetAside]]
@@ -30,9 +32,13 @@ def load_seed(config: RunConfig) -> SeedData:
     seed, wanted = config.seed_data, config.evaluation
     loaded = _files(config)
     attacks = data.attacks()
-    others = {name: data.load(name, "prompts").rows for name in seed.keep_out}
-    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks, **others}
+    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks}
     measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
+    taken = suites.load(wanted.suites)
+    others = {name: one.everything for name, one in taken.items()}
+    for name in seed.keep_out:
+        others[name] = [text for row in data.load(name, "prompts").rows for text in data.asked(row)]
+    measuring |= others
     watch = contamination.Watch(measuring)
     loaded |= _without_copies(loaded, watch)
     own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
@@ -47,11 +53,12 @@ def load_seed(config: RunConfig) -> SeedData:
         evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
         attacks=attacks if wanted.attacks else [],
         own_prompts=list(dict.fromkeys(own)),
+        suites=taken,
         measuring=watch,
         set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
         identities={name: file.identity for name, file in loaded.items()}
         | {"attacks": digest(attacks)}
-        | ({"keep_out": digest([measuring[name] for name in others])} if others else {}),
+        | ({"keep_out": digest(list(others.values()))} if others else {}),
     )
 
 

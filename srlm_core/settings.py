@@ -27,6 +27,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "bootstrap": (
         "seed_data.ift", "seed_data.eft", "seed_data.ift_kinds", "seed_data.ift_rows", "seed_data.eft_groups",
         "seed_data.eft_form", "seed_data.eft_targets", "seed_data.keep_out", "seed_data.heldout_share", "training.sft",
+        "evaluation.suites.alpaca_eval", "evaluation.suites.arena_hard", "evaluation.suites.ifeval",
+        "evaluation.suites.mt_bench",
         "seed_data.eft_endpoint", "seed_data.eft_passes", "seed_data.eft_agree", "seed_data.eft_sampling",
         "judgments.rubric",
     ),
@@ -37,7 +39,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "pairs": ("pairs", "judgments.min_valid"),
     "training": ("training.dpo",),
-    "evaluation": ("evaluation",),
+    "evaluation": (
+        "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",
+        "evaluation.order_groups", "evaluation.attacks", "evaluation.sampling", "evaluation.judge",
+        "evaluation.head_to_head", "evaluation.bootstrap_samples", "evaluation.suites.questions",
+        "evaluation.suites.capability", "evaluation.suites.capability_shots", "evaluation.suites.capability_tasks",
+        "evaluation.suites.sampling", "evaluation.suites.annotator", "evaluation.suites.annotation_tokens",
+    ),
 }  # fmt: skip
 """Every other setting, under the first stage that it changes; the stages after it follow.
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from srlm_core import judgments, store
 from srlm_core.config import RunConfig
+from srlm_core.spelling import in_columns, spell
 
 BASE, BASELINE = "M0", "sft_baseline"
 SURPLUS = "over_target"
@@ -429,6 +430,13 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         rate = results.get(block, {}).get(key)
         if rate:
             yield name, rate
+    for suite, figures in results.get("suites", {}).items():
+        told = {**figures, **figures.get("categories", {})}
+        yield from ((f"{suite}_{key}", rate) for key, rate in told.items() if _is_rate(rate))
+
+
+def _is_rate(found: Any) -> bool:
+    return isinstance(found, Mapping) and found.keys() == {"value", "stderr", "n"}
 
 
 def _match_metrics(other: str, tally: Mapping[str, Any]) -> dict[str, float | None]:
@@ -578,17 +586,6 @@ COLUMNS = (
 )
 
 
-def spell(value: float | None, stderr: float | None = None, n: int | None = None, form: str = ".2f") -> str:
-    """Write a number with its error and n: `0.61 ± 0.04 (n = 240)`; a dash where it is not known."""
-    if value is None:
-        return "–"
-    text = f"{value:{form}}"
-    text = text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
-    if stderr is not None:
-        text += f" ± {stderr:{form.lstrip('+')}}"
-    return text if n is None else f"{text} (n = {n})"
-
-
 def cell(row: Mapping[str, Any], column: Column) -> str:
     """Write one cell of the table."""
     return spell(row[column.key], row[f"{column.key}_stderr"], form=column.form)
@@ -599,16 +596,6 @@ def as_text(table_rows: Sequence[Mapping[str, Any]]) -> str:
     grid = [["", *(_of(row) for row in table_rows)]]
     grid += [[column.label, *(cell(row, column).replace(" ", "") for row in table_rows)] for column in COLUMNS]
     return "\n".join([*in_columns(grid), *_footnotes(table_rows)])
-
-
-def in_columns(grid: Sequence[Sequence[str]]) -> list[str]:
-    """Lay cells out for a terminal: the first column to the left, the others to the right, a rule under line 1."""
-    label_width, *widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([label.ljust(label_width), *(text.rjust(width) for text, width in zip(texts, widths, strict=True))])
-        for label, *texts in grid
-    ]
-    return [line.rstrip() for line in [lines[0], "─" * len(lines[0]), *lines[1:]]]
 
 
 def as_markdown(table_rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from srlm_core.errors import DataError
 from srlm_core.length_control import length_controlled
-from srlm_core.summary import in_columns, spell
+from srlm_core.spelling import in_columns, spell
 
 
 class WinRate(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 from srlm_core import loop, recipes
 from srlm_core.backend import make_backend
 from srlm_core.executor import PlainExecutor
+from srlm_core.run import Run
 from srlm_core.store import Campaign
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -32,7 +33,7 @@ def scripted(tmp_path: Path) -> Callable[..., Path]:
         with Campaign(tmp_path, name) as campaign, PlainExecutor() as executor:
             campaign.logs.mkdir(exist_ok=True)
             backend = make_backend(config, cache=tmp_path / ".cache", logs=campaign.logs)
-            loop.self_reward(loop.Run(config, campaign, executor, backend, observers))
+            loop.self_reward(Run(config, campaign, executor, backend, observers))
         return campaign.folder
 
     return run

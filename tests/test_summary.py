@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from srlm_core import schemas, store, summary
+from srlm_core.spelling import spell
 
 
 def test_an_iteration_worked_by_hand(tmp_path):
@@ -130,10 +131,10 @@ def test_campaigns_side_by_side_say_which_is_which(tmp_path):
 
 
 def test_numbers_are_spelled_with_error_and_n():
-    assert summary.spell(0.614, 0.041, 240) == "0.61 ± 0.04 (n = 240)"
-    assert summary.spell(-0.5, 0.2, form="+.2f") == "−0.50 ± 0.20"
-    assert summary.spell(-0.001, 0.2, form="+.2f") == "0.00 ± 0.20"
-    assert summary.spell(None, None, 0) == "–"
+    assert spell(0.614, 0.041, 240) == "0.61 ± 0.04 (n = 240)"
+    assert spell(-0.5, 0.2, form="+.2f") == "−0.50 ± 0.20"
+    assert spell(-0.001, 0.2, form="+.2f") == "0.00 ± 0.20"
+    assert spell(None, None, 0) == "–"
 
 
 def test_an_empty_folder_is_a_campaign_of_which_nothing_is_known(tmp_path):

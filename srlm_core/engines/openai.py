@@ -4,16 +4,18 @@ Each sample is a request of its own: its seed and its token count are then exact
 Only `generate` and `token_scores`: the protocol of endpoints has no probability of a given response in a conversation.
 """
 
+import json
 import os
 import queue
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Missing, Request, ScoredText, TokenScores
 from srlm_core.errors import ConfigError, EngineDied, ModelError
 
 if TYPE_CHECKING:
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 _RETRIES = 6
 """The client waits twice as long before each, up to 8 s, or as long as the server says."""
+_TRIES = 3
+"""How often one thing is asked where the answer cannot be used: no JSON, no choices, no text."""
 _TOP = (20, 5)
 """Most likely tokens asked for; some servers allow only 5."""
+_NO_ANSWER = "filtered"
 _TOO_LONG = re.compile(
     r"context.?length|context window|maximum.{0,20}(context|tokens|input)|too long|too many tokens", re.IGNORECASE
 )
@@ -98,9 +103,9 @@ class OpenAIEngine:
             "temperature": asked.temperature, "top_p": asked.top_p, "seed": request.seed + index,
             "stop": list(asked.stop) or None,
         }  # fmt: skip
-        answer = self._ask(request, asked.max_tokens, drawing)
-        if answer is None:
-            return Completion(request.id, index, "", 0, "too_long")
+        answer, missing = self._usable(request, asked.max_tokens, drawing)
+        if missing:
+            return Completion(request.id, index, "", 0, missing)
         choice = answer.choices[0]
         text = (choice.message.content if request.messages else choice.text) or ""
         # An endpoint that cannot continue a turn may say its beginning again
@@ -109,31 +114,47 @@ class OpenAIEngine:
         return Completion(request.id, index, text, n_tokens, "length" if choice.finish_reason == "length" else "stop")
 
     def _scores(self, request: Request, choices: tuple[str, ...]) -> TokenScores:
-        found = self._top(request, request.prefix, choices)
+        found, missing = self._top(request, request.prefix)
         shared = os.path.commonprefix(choices)  # noqa: RUF071 - of characters is what is meant
         if found is not None and not any(choice in found for choice in choices) and shared:
             # Some tokenizers make ` 3` a space and a digit: then the digit is asked for after the space
-            found = self._top(request, request.prefix + shared, choices)
+            found, missing = self._top(request, request.prefix + shared)
             found = found and {shared + token: value for token, value in found.items()}
         if found is None or not any(choice in found for choice in choices):
-            return TokenScores(request.id, None)
+            return TokenScores(request.id, None, missing or "no_choice")
         return TokenScores(request.id, tuple(found.get(choice, float("-inf")) for choice in choices))
 
-    def _top(self, request: Request, prefix: str, choices: tuple[str, ...]) -> dict[str, float] | None:
-        """Return the most likely next tokens and their log-probabilities; null if the prompt is too long."""
+    def _top(self, request: Request, prefix: str) -> tuple[dict[str, float] | None, Missing | None]:
+        """Return the most likely next tokens with their log-probabilities, or why there are none."""
         asked = Request(request.id, request.messages, prefix)
         for n in _TOP:
             wanted = {"logprobs": True, "top_logprobs": n} if request.messages else {"logprobs": n}
             try:
-                answer = self._ask(asked, 1, {"temperature": 1.0, "top_p": 1.0, **wanted})
+                answer, missing = self._usable(asked, 1, {"temperature": 1.0, "top_p": 1.0, **wanted})
             except ModelError:
                 if n == _TOP[-1]:
                     raise
                 continue
+            return (None, missing) if missing else (_top_of(answer.choices[0], chat=bool(request.messages)), None)
+        return None, "failed"
+
+    def _usable(self, request: Request, max_tokens: int, more: dict[str, Any]) -> tuple[Any, Missing | None]:
+        """Ask until the answer can be used, or say why there is none. What is no answer is not taken for one."""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(2.0 ** (attempt - 2))
+            try:
+                answer = self._ask(request, max_tokens, more)
+            except json.JSONDecodeError:
+                continue
             if answer is None:
-                return None
-            return _top_of(answer.choices[0], chat=bool(request.messages))
-        return None
+                return None, "too_long"
+            choice = next(iter(getattr(answer, "choices", None) or ()), None)
+            if answer is _NO_ANSWER or getattr(choice, "finish_reason", None) == "content_filter":
+                return None, "failed"  # and will be, however often it is asked
+            if getattr(choice, "message" if request.messages else "text", None) is not None:
+                return answer, None
+        return None, "failed"
 
     def _ask(self, request: Request, max_tokens: int, more: dict[str, Any]) -> Any:
         """Send one request; returns null if the endpoint says that it is too long. Retries are the client's."""
@@ -148,6 +169,8 @@ class OpenAIEngine:
                 return self._ask(request, max_tokens, more)
             if _TOO_LONG.search(str(error)):
                 return None
+            if error.code == "content_filter":
+                return _NO_ANSWER
             self._refused(error)
         except APIStatusError as error:
             self._refused(error)
@@ -186,7 +209,7 @@ class OpenAIEngine:
             )
         probe = Request("probe", ({"role": "user", "content": "Say one digit."},))
         try:
-            heard = self._top(probe, "", ())
+            heard, _ = self._top(probe, "")
         except ModelError:
             heard = None
         if not heard:

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, Self, TypedDict
 
-FinishReason = Literal["stop", "length", "too_long"]
-"""`stop`: the model ended; `length`: cut at max_tokens; `too_long`: refused, the prompt does not fit the context."""
+Missing = Literal["too_long", "failed", "no_choice"]
+"""Why there is no answer. `too_long`: refused, the prompt does not fit the context; `failed`: an endpoint gave nothing
+that can be used, however often it was asked; `no_choice`: none of the choices is among what it says of the next token.
+"""
+FinishReason = Literal["stop", "length", "too_long", "failed", "no_choice"]
+"""`stop`: the model ended; `length`: cut at max_tokens; the others: there is no text, see Missing."""
 
 
 class Message(TypedDict):
@@ -59,11 +63,15 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScoredText:
-    """A response whose probability under the model is asked: messages end with the user's turn."""
+    """A response whose probability under the model is asked: messages end with the user's turn.
+
+    Without messages, it continues the raw text `prefix`, and no end of a turn is weighed.
+    """
 
     id: str
     messages: tuple[Message, ...]
     response: str
+    prefix: str = ""
 
 
 class LogProb(NamedTuple):
@@ -77,13 +85,15 @@ class LogProb(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Natural-log probabilities of the choices at the next position, in the choices' order; null if too long.
+    """Natural-log probabilities of the choices at the next position, in the choices' order; null: see `missing`.
 
     Not normalised over the choices: what they leave of 1 is the mass on everything else.
     """
 
     request_id: str
     logprobs: tuple[float, ...] | None
+    missing: Missing = "too_long"
+    """Why, where there are none."""
 
 
 class Engine(Protocol):

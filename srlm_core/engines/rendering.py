@@ -66,6 +66,20 @@ class Renderer:
             )
         return Asked(self._ids(prompt, chat=True), response_ids[: last + 1])
 
+    def raw(self, prefix: str, response: str) -> Asked:
+        """Return the ids of a raw text and of what continues it, split where the text ends.
+
+        The two are tokenized together, as evaluation harnesses do; a space at the end of the text belongs to what
+        follows. After no text at all, the tokenizer's own first token, or an end of text, comes before.
+        """
+        text = prefix.rstrip(" ")
+        whole = self._ids(prefix + response, chat=False)
+        n_before = len(self._ids(text, chat=False))
+        if n_before:
+            return Asked(whole[:n_before], whole[n_before:])
+        first = self.tokenizer.bos_token_id
+        return Asked([self.tokenizer.eos_token_id if first is None else first], whole)
+
     def choices(self, messages: Sequence[Message], prefix: str, choices: Sequence[str]) -> Asked:
         """Return the ids before the choices, and each choice's one token.
 

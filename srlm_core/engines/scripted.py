@@ -115,6 +115,8 @@ class ScriptedEngine:
             text, done = _task(rng), True
         elif asked.startswith("Grade a response"):
             text, done = self._judgment(asked, rng), rng.random() > 0.04
+        elif "[[" in asked:
+            text, done = self._verdict(asked, rng), rng.random() > 0.04
         else:
             text, done = self._answer(rng), rng.random() > 0.03
         return Completion(request.id, index, text, _n_words(text), "stop" if done else "length")
@@ -132,6 +134,17 @@ class ScriptedEngine:
         seen = quality(found[-1]) if found else 2.5
         score = min(5, max(0, round(seen + rng.gauss(0, 1.2 - self.skill))))
         return f"The response makes {seen:.0f} sound points.\nScore: {score}"
+
+    def _verdict(self, asked: str, rng: random.Random) -> str:
+        """Judge as the published benchmarks ask: a grade, or one of five verdicts, in double brackets."""
+        if rng.random() < 0.05:
+            return "It is hard to say anything about this."
+        seen = [quality(text) + rng.gauss(0, 1.2 - self.skill) for text in _JUDGED.findall(asked)]
+        if "[[A>B]]" not in asked:
+            return f"The answer is plain.\n[[{min(10, max(1, round(2 * seen[-1])))}]]"
+        lead = seen[0] - seen[1]
+        place = sum(lead > step for step in (-2, -0.5, 0.5, 2))
+        return ("[[B>>A]]", "[[B>A]]", "[[A=B]]", "[[A>B]]", "[[A>>B]]")[place]
 
 
 def quality(text: str) -> float:

@@ -166,7 +166,9 @@ def as_task(question: Question, renderer: Renderer) -> Task:
             question.key, question.request, renderer.prompt(question.request.messages, question.request.prefix)
         )
     if isinstance(question, Weigh):
-        return Assess(question.key, question.row.id, *renderer.scored(question.row.messages, question.row.response))
+        row = question.row
+        asked = renderer.scored(row.messages, row.response) if row.messages else renderer.raw(row.prefix, row.response)
+        return Assess(question.key, row.id, *asked)
     asked = renderer.choices(question.request.messages, question.request.prefix, question.choices)
     return Compare(question.key, question.request.id, *asked)
 

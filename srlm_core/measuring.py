@@ -1,0 +1,325 @@
+"""measuring: what the loop measures of each model, made part by part through the engine that is open for it.
+
+evaluation.py says what the numbers mean; this says what is asked, when, and where it is kept.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from srlm_core import answers, evaluation, judgments, responses, schemas, settings, store
+from srlm_core.backend import Model
+from srlm_core.config import RunConfig, SamplingConfig
+from srlm_core.engines.on_demand import OnDemand
+from srlm_core.engines.protocol import Engine
+from srlm_core.executor import Pending, Work
+from srlm_core.methods import METHODS
+from srlm_core.run import Run
+from srlm_core.store import Made, digest, materialize, part_path
+from srlm_core.suites import Taken, capability, record
+from srlm_core.suites.record import Item, Suite, Tables
+
+Piece = tuple[Callable[[Engine], Tables], Any]
+"""How a part is made, and what it is made from."""
+Started = Mapping[str, Sequence[Pending[Made]]]
+"""The parts that are being made of a model's measurements, by name."""
+
+
+def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Lay out evaluation prompts; rows PROMPTS of iteration 0."""
+    return schemas.table(
+        (
+            {
+                "prompt_id": digest("evaluation", row["prompt"]),
+                "iteration": 0,
+                "messages": [{"role": "user", "content": row["prompt"]}],
+                "source": "evaluation",
+                "generator": "",
+            }
+            for row in rows
+        ),
+        schemas.PROMPTS,
+    )
+
+
+def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging_only: bool = False) -> Started:
+    """Start the measurements of one model, so that they share the engine's batch with whatever else it does.
+
+    `judging_only`: the held-out rankings alone.
+    """
+    if run.config.evaluation.models == "none":
+        return {}
+    seed, config = run.seed_data, run.config
+    asked = evaluation_prompts(seed.evaluation)
+    as_text = config.judgments.model_copy(update={"reading": "text", "justified": True, "k": 1})
+    tasks = evaluation.group_tasks(seed.heldout)
+    few = tasks[: config.evaluation.text_judgments]
+
+    def answer(engine: Engine) -> tuple[pa.Table, pa.Table]:
+        return responses.respond(
+            asked, engine, config.evaluation.sampling, n=1, iteration=0, model=model.name, seed=config.seed
+        )
+
+    def judged(work: Sequence[judgments.Task], how: Any) -> Callable[[Engine], tuple[pa.Table, pa.Table]]:
+        return lambda engine: judgments.judge(work, engine, how, iteration=0, judge_name=model.name, seed=config.seed)
+
+    sampling = settings.pick(config, ("evaluation.sampling",))
+    pieces: dict[str, Piece] = {
+        "responses": (answer, ["responses", responses.VERSION, store.rows_digest([asked], asked.schema), sampling]),
+        "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
+        "text": (judged(few, as_text), [_judging(config, few), "text"]),
+    }
+    if config.evaluation.order_groups:
+        played = evaluation.best_against_worst(seed.heldout[: config.evaluation.order_groups])
+        pieces["order"] = (
+            partial(evaluation.compare, played, judge_name=model.name),
+            ["order", judgments.load_rubric("pairwise", justified=None).identity, [list(match) for match in played]],
+        )
+    if seed.attacks:
+        attacks = evaluation.attack_tasks(seed.attacks)
+        pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
+    if judging_only:
+        pieces = {"heldout": pieces["heldout"]}
+    parts = {name: [piece] for name, piece in pieces.items()}
+    if not judging_only:
+        parts |= _suite_answers(run, model) | _capability(run)
+    folder = run.campaign.folder / "evaluation" / model.name
+    started: dict[str, list[Pending[Made]]] = {}
+    for name, shards in parts.items():
+        store.forget_later_parts(folder, name, len(shards))
+        for number, piece in enumerate(shards):
+            of = f" {number + 1}/{len(shards)}" if len(shards) > 1 else ""
+            make = partial(make_part, run, folder, name, model, lend, *piece, number=number)
+            started.setdefault(name, []).append(
+                run.executor.submit(Work("evaluation", f"{name} of {model.name}{of}", make))
+            )
+    return started
+
+
+def _suite_answers(run: Run, model: Model) -> dict[str, list[Piece]]:
+    """Lay out the published benchmarks' questions in shards, for the engine that is open anyway."""
+    config = run.config.evaluation.suites
+    pieces: dict[str, list[Piece]] = {}
+    for name, taken in run.seed_data.suites.items():
+        for items in _shards(run, taken):
+            make = partial(_answered, items, config.sampling, model.name, run.config.seed)
+            what = [name, record.VERSION, [list(item[:5]) for item in items], config.sampling.model_dump(mode="json")]
+            pieces.setdefault(name, []).append((make, what))
+    return pieces
+
+
+def _capability(run: Run) -> dict[str, list[Piece]]:
+    """Lay out the tasks of the capability panel, a part each."""
+    config = run.config.evaluation.suites
+    panel = capability.Panel.of(config)
+    made_from = capability.identity(panel) if config.capability else None
+    return {
+        f"capability_{task}": [(partial(capability.take, task, panel=panel), [task, made_from])]
+        for task in config.capability
+    }
+
+
+def _answered(items: Sequence[Item], sampling: SamplingConfig, model: str, seed: int, engine: Engine) -> Tables:
+    return record.answer(items, engine, sampling, model=model, seed=seed)
+
+
+def _shards(run: Run, taken: Taken) -> list[list[Item]]:
+    size = run.config.engine.shard_rows
+    return [taken.items[start : start + size] for start in range(0, len(taken.items), size)]
+
+
+def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
+    """What the judgments of these tasks are made from."""
+    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
+    k = config.judgments.k
+    return [
+        k,
+        judgments.VERSION,
+        settings.pick(config, step.settings),
+        step.texts(config),
+        [list(task) for task in tasks],
+    ]
+
+
+def make_part(
+    run: Run,
+    folder: Path,
+    name: str,
+    model: Model,
+    lend: Callable[[Model], OnDemand],
+    make: Callable[[Engine], tuple[pa.Table, pa.Table]],
+    what: Any,
+    *,
+    number: int = 0,
+    stage: str = "evaluation",
+) -> Made:
+    """Make one part of what a model says outside the iterations, or find it made."""
+    engine = settings.pick(run.config, settings.ENGINE)
+    made_from = digest(
+        stage, evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32
+    )
+    made = materialize(
+        part_path(folder / name, number),
+        made_from,
+        lambda present: make(lend(model).stage(stage)),
+        drops=store.drops_path(folder, name, number),
+    )
+    run.tell("part", stage=stage, iteration=0, shard=number, path=made.path, reused=made.reused)
+    return made
+
+
+def finish(run: Run, model: Model, pending: Started) -> None:
+    """Turn a model's evaluation tables into its results.json."""
+    if not pending:
+        return
+    tables = {
+        name: pa.concat_tables(store.read_part(part.result().path) for part in parts) for name, parts in pending.items()
+    }
+    config, seed = run.config, run.seed_data
+
+    def mean_scores(name: str) -> dict[str, float]:
+        judged = judgments.scores(tables[name], k=config.judgments.k, required=config.judgments.required)
+        return {target: score.mean for target, score in judged.items()}
+
+    groups = evaluation.ranked(seed.heldout, mean_scores("heldout"))
+    lengths = {task.target_id: len(task.response) for task in evaluation.group_tasks(seed.heldout)}
+    results: dict[str, Any] = {
+        "model": model.name,
+        "digest": model.digest,
+        "judge": evaluation.measure_judge(groups, samples=config.evaluation.bootstrap_samples, seed=config.seed),
+        "judge_health": evaluation.judge_health(tables["heldout"], lengths),
+    }
+    if "text" in tables:
+        results["text_reading"] = evaluation.judge_health(tables["text"])
+    if "responses" in tables:
+        results["responses"] = answers.describe(tables["responses"])
+    if "order" in tables:
+        results["order"] = evaluation.pull_of_order(tables["order"])
+    if "attacks" in tables:
+        results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
+    folder = run.campaign.folder / "evaluation" / model.name
+    for name, taken in seed.suites.items():
+        if name in tables:
+            results.setdefault("suites", {})[name] = _take_stock(folder, taken, tables[name], None)
+    for task in config.evaluation.suites.capability:
+        if f"capability_{task}" in tables:
+            scored = capability.measure(task, tables[f"capability_{task}"])
+            results.setdefault("suites", {}).setdefault("capability", {}).update(scored)
+    store.write_json(folder / "results.json", results)
+    run.tell("evaluation", model=model.name, results=results)
+
+
+def judge_suites(run: Run) -> None:
+    """Let the annotator judge every measured model's answers to the published benchmarks, and add what comes of it.
+
+    It is named by the user: no model judges its own answers unawares. Where it does, the results say so.
+    """
+    config, folder = run.config.evaluation.suites, run.campaign.folder / "evaluation"
+    judged = {name: taken for name, taken in run.seed_data.suites.items() if taken.suite.judged}
+    answered = sorted(path.parent for path in folder.glob("*/results.json") if "suites" in store.read_json(path))
+    if config.annotator is None or not judged or not answered:
+        return
+    annotator = run.role(config.annotator, run.base)
+    with run.phase("judging benchmarks"), run.engines() as lend:
+        pending = {
+            (model, name): _submit_verdicts(run, model, taken, annotator, lend)
+            for model in answered
+            for name, taken in judged.items()
+        }
+        for model in answered:
+            results = store.read_json(model / "results.json")
+            for name, taken in judged.items():
+                verdicts = pa.concat_tables(store.read_part(part.result().path) for part in pending[model, name])
+                measured = _take_stock(model, taken, _all_parts(model / name), verdicts)
+                by_itself = {"judged_by_itself": True} if annotator.digest == results["digest"] else {}
+                results["suites"][name] = measured | {"judge": annotator.name} | by_itself
+            store.write_json(model / "results.json", results)
+            run.tell("evaluation", model=model.name, results=results)
+
+
+def _take_stock(folder: Path, taken: Taken, answered: pa.Table, verdicts: pa.Table | None) -> dict[str, Any]:
+    """Measure a model's answers to one benchmark, and write them for the benchmark's own tool."""
+    suite = taken.suite
+    for name, content in (suite.files(taken.items, answered, verdicts, folder.name) if suite.files else {}).items():
+        store.write_json(folder / suite.name / name, content)
+    return suite.measure(taken.items, answered, verdicts)
+
+
+def _all_parts(folder: Path) -> pa.Table:
+    return pa.concat_tables(store.read_part(path) for path in store.parts(folder))
+
+
+def _submit_verdicts(
+    run: Run, model: Path, taken: Taken, annotator: Model, lend: Callable[[Model], OnDemand]
+) -> list[Pending[Made]]:
+    """Start the verdicts on one model's answers to one benchmark, a part for each part of the answers."""
+    name, suite, config = taken.suite.name, taken.suite, run.config.evaluation.suites
+    assert suite.judge is not None
+    rubrics = [judgments.load_rubric(rubric, justified=None).identity for rubric in suite.rubrics]
+    started: list[Pending[Made]] = []
+    parts = store.parts(model / name)
+    store.forget_later_parts(model, f"{name}_judged", len(parts))
+    for number, (path, items) in enumerate(zip(parts, _shards(run, taken), strict=True)):
+        rows = store.read_part(path)
+        what = [name, record.VERSION, rubrics, config.annotation_tokens, store.rows_digest([rows], rows.schema)]
+        make = partial(_judged, suite, items, rows, annotator.name, config.annotation_tokens, run.config.seed)
+        part = partial(make_part, run, model, f"{name}_judged", annotator, lend, make, what, number=number)
+        shown = f"{name} of {model.name} judged {number + 1}/{len(parts)}"
+        started.append(run.executor.submit(Work("evaluation", shown, part)))
+    return started
+
+
+def _judged(
+    suite: Suite, items: Sequence[Item], rows: pa.Table, name: str, max_tokens: int, seed: int, engine: Engine
+) -> Tables:
+    assert suite.judge is not None
+    return suite.judge(items, rows, record.Judge(engine, name, max_tokens, seed))
+
+
+def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:
+    """Measure one model by itself, or only how it judges, and return its results."""
+    with run.phase(f"evaluating {model.name}"), run.engines() as lend:
+        finish(run, model, submit(run, model, lend, judging_only=judging_only))
+    judge_suites(run)
+    return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
+
+
+def head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
+    """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
+    folder = run.campaign.folder / "evaluation"
+    asked = evaluation_prompts(run.seed_data.evaluation)
+    answered = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
+    pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
+    for newer, older in head_to_heads(run.config, set(answered)):
+        a, b = store.read_part(answered[newer]), store.read_part(answered[older])
+        played = evaluation.matches(asked, a, b)
+        name = f"{newer}_vs_{older}"
+        compare = partial(evaluation.compare, played, judge_name=judge.name)
+        what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
+        work = partial(make_part, run, folder / "head_to_head", name, judge, lend, compare, what)
+        lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
+        pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
+    results = {
+        name: evaluation.tally(store.read_part(work.result().path), lengths)
+        for name, (work, lengths) in pending.items()
+    }
+    if results:
+        digests = {name: run.model(name).digest for name in answered}
+        told = {"judge": judge.name, "judge_digest": judge.digest, "digests": digests, "comparisons": results}
+        store.write_json(folder / "head_to_head" / "results.json", told)
+        run.tell("evaluation", model="head_to_head", results=results)
+
+
+def head_to_heads(config: RunConfig, answered: set[str]) -> list[tuple[str, str]]:
+    """List the comparisons (newer, older) that the settings ask for, each once, among models that answered."""
+    policies = [f"M{t}" for t in range(1, config.iterations + 2)]
+    wanted: list[tuple[str, str]] = []
+    for opponent in config.evaluation.head_to_head:
+        if opponent == "chain":
+            wanted += zip(policies[1:], policies, strict=False)
+        else:
+            wanted += [(policy, opponent) for policy in policies if policy != opponent]
+    return [pair for pair in dict.fromkeys(wanted) if answered.issuperset(pair)]

@@ -1,0 +1,113 @@
+"""run: a campaign while it runs: its settings, folder, models and engines, its clock, and who watches."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from srlm_core import store
+from srlm_core.backend import Backend, Model
+from srlm_core.config import RunConfig
+from srlm_core.engines.on_demand import OnDemand, Usage
+from srlm_core.executor import Executor
+from srlm_core.seed_data import SeedData, load_seed
+from srlm_core.store import Campaign
+
+BASE, BASELINE = "M0", "sft_baseline"
+
+
+MARKER = "complete.json"
+"""Written last into a model's folder: where it is, the model is whole."""
+
+Observer = Callable[[str, dict[str, Any]], None]
+"""Told (what happened, details): part, training, model, iteration, evaluation, engine_start, phase, finished."""
+
+
+@dataclass
+class Run:
+    """One campaign being run."""
+
+    config: RunConfig
+    campaign: Campaign
+    executor: Executor
+    backend: Backend
+    observers: Sequence[Observer] = ()
+
+    def __post_init__(self) -> None:
+        self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
+        self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
+
+    def tell(self, what: str, **details: Any) -> None:
+        """Tell the observers."""
+        for observer in self.observers:
+            observer(what, details)
+
+    @cached_property
+    def base(self) -> Model:
+        return self.backend.base()
+
+    @cached_property
+    def seed_data(self) -> SeedData:
+        return load_seed(self.config)
+
+    def model(self, name: str) -> Model:
+        """Return a finished model of this campaign, or another one by path."""
+        if name == BASE:
+            return self.base
+        folder = self.campaign.model(name)
+        marker = store.read_json(folder / MARKER)
+        if marker is None:
+            return self.backend.frozen(name)
+        return Model(name, folder, marker["digest"])
+
+    def role(self, name: str, policy: Model) -> Model:
+        """Return the model that plays a role: the policy, the base, or another one by path."""
+        return {"policy": policy, "base": self.base}.get(name) or self.model(name)
+
+    @contextmanager
+    def engines(self) -> Iterator[Callable[[Model], OnDemand]]:
+        """Lend engines: one for each model, started when first asked, closed together."""
+        open_ones: dict[str, OnDemand] = {}
+        with ExitStack() as stack:
+
+            def lend(model: Model) -> OnDemand:
+                if model.name not in open_ones:
+                    engine = OnDemand(model.name, partial(self.backend.open, model), self._engine_started)
+                    open_ones[model.name] = stack.enter_context(engine)
+                return open_ones[model.name]
+
+            yield lend
+        self._count(open_ones.values())
+
+    def _engine_started(self, model: str, seconds: float) -> None:
+        self.add_time("engine starts", seconds)
+        with (self.campaign.logs / "engine_starts.txt").open("a") as file:
+            file.write(f"{model}\n")
+        self.tell("engine_start", model=model, seconds=seconds)
+
+    def _count(self, engines: Iterable[OnDemand]) -> None:
+        for engine in engines:
+            for stage, used in engine.usage.items():
+                total = Usage(**self.usage.get(stage, {}))
+                self.usage[stage] = {
+                    "requests": total.requests + used.requests,
+                    "tokens": total.tokens + used.tokens,
+                    "seconds": round(total.seconds + used.seconds, 2),
+                }
+        store.write_json(self.campaign.folder / "usage.json", self.usage)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; the sum over attempts goes into timings.json."""
+        started = time.monotonic()
+        self.tell("phase", name=name)
+        try:
+            yield
+        finally:
+            self.add_time(name, time.monotonic() - started)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
+        store.write_json(self.campaign.folder / "timings.json", self.timings)
