@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,11 +82,10 @@ def measure(task: str, rows: pa.Table) -> dict[str, Any]:
 
 
 def _run(task: str, asker: Any, panel: Panel) -> dict[str, list[dict[str, Any]]]:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=panel.own_tasks)
+    manager = _tasks(panel.own_tasks)
     if not manager.match_tasks([task]):
         raise ConfigError(
             f"evaluation.suites.capability: expected tasks of lm-evaluation-harness, got {task!r}. "
@@ -100,8 +100,16 @@ def _run(task: str, asker: Any, panel: Panel) -> dict[str, list[dict[str, Any]]]
             f"evaluation.suites.capability: expected the data of {task!r}, got: {error}. Without the hub, name a local "
             "copy in a task file of your own (evaluation.suites.capability_tasks)."
         ) from error
-    assert found is not None
-    return found["samples"]
+    told: Any = found  # typed by the harness as if there were none
+    return told["samples"]
+
+
+@lru_cache(maxsize=1)
+def _tasks(own: str | None) -> Any:
+    """List the harness's tasks and the user's own; reading thousands of files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=own)
 
 
 def _asker(engine: Engine) -> Any:

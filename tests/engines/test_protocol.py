@@ -223,3 +223,16 @@ def test_the_engines_agree_on_greedy_text(engines):
     ]
     ours, theirs = ({c.request_id: c.text for c in engines(kind).generate(asked)} for kind in ("vllm", "transformers"))
     assert ours == theirs
+
+
+def test_raw_text_is_weighed_as_it_continues_with_no_end_of_a_turn(engine):
+    (choice,) = engine.token_scores([Request("c", prefix=LIST)], [" Wednesday", " Friday"])
+    asked = [ScoredText(day, (), f" {day}", LIST) for day in ("Wednesday", "Friday")]
+    asked += [ScoredText("spaced", (), "Wednesday", f"{LIST} "), ScoredText("nothing before", (), "Hello there")]
+    weighed = {found.id: found for found in engine.logprobs(asked)}
+    assert weighed["Wednesday"].logprob == pytest.approx(choice.logprobs[0], abs=1e-3)
+    assert weighed["Friday"].logprob == pytest.approx(choice.logprobs[1], abs=1e-3)
+    assert (weighed["Wednesday"].n_tokens, weighed["Wednesday"].greedy, weighed["Friday"].greedy) == (1, True, False)
+    # a space at the end of the text belongs to what follows
+    assert weighed["spaced"].logprob == pytest.approx(weighed["Wednesday"].logprob, abs=1e-3)
+    assert weighed["nothing before"].n_tokens == 2
