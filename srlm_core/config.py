@@ -356,6 +356,8 @@ class EvaluationConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     judge: str = "base"
     """Frozen judge of head-to-heads: `base` (M0), a model path, or an endpoint as `model@http://host/v1`."""
+    more_judges: tuple[str, ...] = ()
+    """Further judges of the same answers, named likewise; the report says how far they agree with the first."""
     head_to_head: Annotated[tuple[str, ...], Field()] = ("chain", "sft_baseline")
     """Comparisons: `chain` (each M_t against the one before), or a model that every M_t meets."""
     bootstrap_samples: int = Field(default=1000, ge=10)

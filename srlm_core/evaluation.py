@@ -337,11 +337,7 @@ def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str,
     120 wins, 80 ties, 56 losses of 256: 46.9 / 31.3 / 21.9 %, and 0.625 with ties as halves. `lengths`: characters of
     the answers, by id; `length_controlled` is what the 0.625 would be at equal length (srlm_core/length_control.py).
     """
-    seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
-    for row in rows.to_pylist():
-        a_first = row["first"] == row["target_id"]
-        seen[row["target_id"], row["other_id"]][a_first] = row["verdict"] if a_first else 1 - row["verdict"]
-    both = {pair: orders for pair, orders in seen.items() if len(orders) == 2}
+    both = _in_both_orders(rows)
     points = [_point(orders[True], orders[False]) for orders in both.values()]
     flips = [float((orders[True] > 0.5) != (orders[False] > 0.5)) for orders in both.values()]
     result: dict[str, Any] = {
@@ -357,6 +353,34 @@ def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str,
         controlled = length_controlled(np.array(points), more, np.zeros(len(more)))
         result["length_controlled"] = Rate(*controlled, len(both) if controlled[0] is not None else 0)._asdict()
     return result
+
+
+def _in_both_orders(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
+    """Return the chance of target being better, shown first (True) and shown second, where both were judged."""
+    seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
+    for row in rows.to_pylist():
+        a_first = row["first"] == row["target_id"]
+        seen[row["target_id"], row["other_id"]][a_first] = row["verdict"] if a_first else 1 - row["verdict"]
+    return {pair: orders for pair, orders in seen.items() if len(orders) == 2}
+
+
+def agreement(rows: pa.Table, others: pa.Table) -> dict[str, Any]:
+    """Compare two judges' results (win, tie, lose) on the answers that both judged.
+
+    `same`: the share on which they agree. `kappa`: Cohen's, 0 for what chance would do, null where a judge always says
+    the same. Win, tie, lose, win against win, lose, lose, tie: 0.5 and 0.27.
+    """
+    first, second = (
+        {pair: _point(orders[True], orders[False]) for pair, orders in _in_both_orders(of).items()}
+        for of in (rows, others)
+    )
+    both = [(first[pair], second[pair]) for pair in first if pair in second]
+    same, n = rate([float(a == b) for a, b in both]), len(both)
+    shares = [[Counter(judged)[result] / n for result in (0.0, 0.5, 1.0)] for judged in zip(*both, strict=True)]
+    by_chance = math.fsum(a * b for a, b in zip(*shares, strict=True)) if shares else 1.0
+    if same.value is None or any(max(judged) == 1 for judged in shares):
+        return {"same": same._asdict(), "kappa": None}
+    return {"same": same._asdict(), "kappa": (same.value - by_chance) / (1 - by_chance)}
 
 
 def pull_of_order(rows: pa.Table) -> dict[str, Any]:

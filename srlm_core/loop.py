@@ -181,6 +181,7 @@ def evaluate_rest(run: Run) -> None:
         if config.models == "all":
             measuring.finish(run, run.base, measuring.submit(run, run.base, lend))
         measuring.head_to_head(run, judge, lend)
+    measuring.other_judges(run)
     measuring.judge_suites(run)
 
 

@@ -289,9 +289,52 @@ def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[
 
 def head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
     """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
-    folder = run.campaign.folder / "evaluation"
+    folder = run.campaign.folder / "evaluation" / "head_to_head"
+    tallies = {
+        name: evaluation.tally(rows, lengths)
+        for name, (rows, lengths) in _all_matches(run, judge, lend, folder).items()
+    }
+    if tallies:
+        store.write_json(folder / "results.json", {**_who_judged(run, judge), "comparisons": tallies})
+        run.tell("evaluation", model="head_to_head", results=tallies)
+
+
+def other_judges(run: Run) -> None:
+    """Let the further judges compare the same answers, one after another, and say how far they agree with the first."""
+    folder = run.campaign.folder / "evaluation" / "head_to_head"
+    found = store.read_json(folder / "results.json")
+    told: list[dict[str, Any]] = []
+    for number, name in enumerate(run.config.evaluation.more_judges if found else ()):
+        judge = run.role(name, run.base)
+        with run.phase(f"head to head by {judge.name}"), run.engines() as lend:
+            matches = _all_matches(run, judge, lend, folder / f"judge_{number + 2}")
+        comparisons = {
+            pair: evaluation.tally(rows, lengths)
+            | {"agreement": evaluation.agreement(store.read_part(part_path(folder / pair, 0)), rows)}
+            for pair, (rows, lengths) in matches.items()
+        }
+        told.append({**_who_judged(run, judge), "comparisons": comparisons})
+    if found:
+        store.write_json(folder / "results.json", {**found, "other_judges": told})
+
+
+def _who_judged(run: Run, judge: Model) -> dict[str, Any]:
+    """Name a judge and the models it compared; `plays_itself` are those that it is one of."""
+    answered = run.campaign.folder.glob("evaluation/*/responses")
+    digests = {path.parent.name: run.model(path.parent.name).digest for path in answered}
+    met = {name for pair in head_to_heads(run.config, set(digests)) for name in pair}
+    plays = sorted(name for name in met if digests[name] == judge.digest)
+    return {"judge": judge.name, "judge_digest": judge.digest, "plays_itself": plays, "digests": digests}
+
+
+def _all_matches(
+    run: Run, judge: Model, lend: Callable[[Model], OnDemand], folder: Path
+) -> dict[str, tuple[pa.Table, dict[str, int]]]:
+    """Play all comparisons under one judge: by name its verdicts, and the lengths of the answers by id."""
     asked = evaluation_prompts(run.seed_data.evaluation)
-    answered = {path.parent.parent.name: path for path in folder.glob("*/responses/part-00000.parquet")}
+    answered = {
+        path.parent.parent.name: path for path in run.campaign.folder.glob("evaluation/*/responses/part-00000.parquet")
+    }
     pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
     for newer, older in head_to_heads(run.config, set(answered)):
         a, b = store.read_part(answered[newer]), store.read_part(answered[older])
@@ -299,18 +342,10 @@ def head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> N
         name = f"{newer}_vs_{older}"
         compare = partial(evaluation.compare, played, judge_name=judge.name)
         what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
-        work = partial(make_part, run, folder / "head_to_head", name, judge, lend, compare, what)
+        work = partial(make_part, run, folder, name, judge, lend, compare, what)
         lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
         pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
-    results = {
-        name: evaluation.tally(store.read_part(work.result().path), lengths)
-        for name, (work, lengths) in pending.items()
-    }
-    if results:
-        digests = {name: run.model(name).digest for name in answered}
-        told = {"judge": judge.name, "judge_digest": judge.digest, "digests": digests, "comparisons": results}
-        store.write_json(folder / "head_to_head" / "results.json", told)
-        run.tell("evaluation", model="head_to_head", results=results)
+    return {name: (store.read_part(work.result().path), lengths) for name, (work, lengths) in pending.items()}
 
 
 def head_to_heads(config: RunConfig, answered: set[str]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from srlm_core import evaluation, paper, report_words, settings, store, summary
 from srlm_core.config import RunConfig
-from srlm_core.rates import rate
+from srlm_core.rates import Rate, rate
 from srlm_core.report_figures import Figure, all_figures
 from srlm_core.show import Story, sample, show, trained, visible
 from srlm_core.spelling import spell
@@ -77,6 +77,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "answered": _by_model(found, _OF_THE_ANSWERS),
         "matches": _match_rows(matches, by_length),
         "judge": judge,
+        "plays_itself": summary.plays_itself(folder),
+        "other_judges": _other_judges(folder),
         "trainings": _trainings(folder, found),
         "usage": _usage(usage, timings),
         "drops": _drops(folder, found),
@@ -217,6 +219,24 @@ def _published(name: str) -> str:
 def _spelled(metrics: Mapping[str, float], name: str) -> str:
     n = metrics.get(f"{name}_n")
     return spell(metrics.get(name), metrics.get(f"{name}_stderr"), None if n is None else int(n))
+
+
+def _other_judges(folder: Path) -> list[dict[str, str]]:
+    """Spell each further judge's result of each match, and how far it agrees with the first judge."""
+    rows: list[dict[str, str]] = []
+    for told in summary.other_judges(folder):
+        for pair, tally in told["comparisons"].items():
+            points, same = (Rate(**rate) for rate in (tally["win_or_half_tie"], tally["agreement"]["same"]))
+            rows.append(
+                {
+                    "match": pair.replace("_vs_", " against "),
+                    "judge": told["judge"],
+                    "points": spell(*points),
+                    "same": spell(*same[:2]),
+                    "kappa": spell(tally["agreement"]["kappa"]),
+                }
+            )
+    return rows
 
 
 def _match_rows(

@@ -42,8 +42,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",
         "evaluation.order_groups", "evaluation.attacks", "evaluation.sampling", "evaluation.judge",
-        "evaluation.head_to_head", "evaluation.bootstrap_samples", "evaluation.suites.questions",
-        "evaluation.suites.capability", "evaluation.suites.capability_shots", "evaluation.suites.capability_tasks",
+        "evaluation.more_judges", "evaluation.head_to_head", "evaluation.bootstrap_samples",
+        "evaluation.suites.questions", "evaluation.suites.capability", "evaluation.suites.capability_shots",
+        "evaluation.suites.capability_tasks",
         "evaluation.suites.sampling", "evaluation.suites.annotator", "evaluation.suites.annotation_tokens",
     ),
 }  # fmt: skip

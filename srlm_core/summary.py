@@ -386,6 +386,16 @@ def head_to_heads(folder: Path) -> tuple[str | None, dict[tuple[str, str], dict[
     return results.get("judge"), {known[name]: tally for name, tally in compared.items() if name in known}
 
 
+def plays_itself(folder: Path) -> list[str]:
+    """Name the compared models that the judge of the head-to-heads is one of."""
+    return (store.read_json(folder / "evaluation" / "head_to_head" / "results.json") or {}).get("plays_itself") or []
+
+
+def other_judges(folder: Path) -> list[dict[str, Any]]:
+    """Read what further judges of the head-to-heads found: judge, comparisons, and their agreement with the first."""
+    return (store.read_json(folder / "evaluation" / "head_to_head" / "results.json") or {}).get("other_judges") or []
+
+
 def model_metrics(folder: Path, model: str) -> dict[str, float]:
     """Name what was measured of a model. A win rate counts a win 1 and a tie 1/2: 0.5 is even."""
     results = evaluation_results(folder, model)
