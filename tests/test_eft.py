@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from suites.annotator import Annotator
 
 from srlm_core import eft, recipes, store
 from srlm_core.errors import ConfigError, DataError, NothingLeft
@@ -252,3 +253,34 @@ def test_a_judge_that_never_agrees_ends_with_what_to_do(scripted, tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
         recipes.load("smoke", overrides=settings)
+
+
+def test_a_stronger_model_judges_over_http_and_is_asked_once(scripted, tmp_path):
+    def judged(text: str):
+        response = text.rpartition("<response>")[2]
+        if "unreadable" in response:
+            return 200, {"choices": []}
+        return f"It makes {response.count('Sound:')} sound points.\nScore: {response.count('Sound:')}"
+
+    texts = [("Sound: " * 4, 0), ("Sound: ", 1), ("Hollow.", 2)]
+    groups = [
+        {
+            "prompt": f"Question {n} of the harbour?",
+            "responses": [{"text": f"{t} In {n}.", "rank": r} for t, r in texts],
+        }
+        for n in range(3)
+    ]
+    groups[2]["responses"].append({"text": "unreadable", "rank": 3})
+    file = write(tmp_path / "g.jsonl", groups)
+    annotator = Annotator(judged)
+    with annotator.serving() as name:
+        sets = ("iterations=0", "seed_data.eft_targets=endpoint", f"seed_data.eft={file}", "seed_data.eft_passes=1")
+        sets += (f"seed_data.eft_endpoint={json.dumps(name)}", "evaluation.models=none")
+        folder = scripted(*sets)
+        asked = len(annotator.asked)
+        assert judgments_taught(scripted(*sets)) == judgments_taught(folder)
+        assert len(annotator.asked) == asked
+    told = json.loads((folder / "bootstrap" / "eft.json").read_text())
+    assert (told["judge"], told["judgments"], told["readable"]) == (name, 10, 9)
+    assert told["groups_agreeing"] == 3
+    assert "It makes 4 sound points.\nScore: 4" in judgments_taught(folder)
