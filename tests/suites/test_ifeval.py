@@ -73,6 +73,13 @@ def test_a_check_that_cannot_run_is_counted_and_in_no_rate(tmp_path, monkeypatch
     assert (found["unchecked"], found["prompt_level_strict_acc"]["n"]) == (1, 3)
 
 
+def test_the_same_answer_gets_the_same_score_though_the_checker_draws():
+    row = {"key": 1129, "prompt": "Use 6 exclamation marks.", "instruction_id_list": ["keywords:letter_frequency"],
+           "kwargs": [{"let_relation": "at least", "letter": "!", "let_frequency": 6}]}  # fmt: skip
+    found = [ifeval.scores([(row, "An apple is an apple is an apple.")]) for _ in range(20)]
+    assert found == found[:1] * 20
+
+
 def test_from_the_command_line_on_given_responses(tmp_path):
     file = published.ifeval(tmp_path)
     said = [{"prompt": prompt, "response": response} for prompt, response in list(RESPONSES.items())[:2]]
