@@ -265,6 +265,35 @@ def recipes(
     typer.echo("smoke, demo: self_rewarding at that size")
 
 
+@app.command()
+def vote(
+    campaign: str,
+    newer: str,
+    older: str,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to vote on.")] = 50,
+    root: Root = RUNS,
+) -> None:
+    """Write a page on which people vote blind between two models' answers."""
+    from flows.looking import folder_of
+    from srlm_core import votes
+
+    typer.echo(votes.write_page(folder_of(root, campaign), newer, older, prompts))
+    typer.echo(f"Open it in a browser, or send it; then: srlm votes {campaign} FILE…")
+
+
+@app.command()
+def votes(campaign: str, files: list[Path], root: Root = RUNS, as_json: AsJson = False) -> None:
+    """Take in files of votes, and say what people think."""
+    from flows.looking import folder_of
+    from srlm_core import votes as votes_
+    from srlm_core.report import write_report
+
+    folder = folder_of(root, campaign)
+    found = votes_.read(folder, files)
+    write_report(folder)
+    typer.echo(json.dumps(found, indent=2) if as_json else _spell(found))
+
+
 @app.command("ifeval")
 def ifeval_(
     responses: Annotated[str, typer.Argument(help="Responses: rows with `prompt` and `response`.")],

@@ -364,16 +364,17 @@ def _in_both_orders(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
     return {pair: orders for pair, orders in seen.items() if len(orders) == 2}
 
 
-def agreement(rows: pa.Table, others: pa.Table) -> dict[str, Any]:
-    """Compare two judges' results (win, tie, lose) on the answers that both judged.
+def results(rows: pa.Table) -> dict[tuple[str, str], float]:
+    """Return what a judge made of each two answers: 1, the target's is better; 0; and 1/2, a tie or it cannot say."""
+    return {pair: _point(orders[True], orders[False]) for pair, orders in _in_both_orders(rows).items()}
+
+
+def agreement(first: Mapping[tuple[str, str], float], second: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """Compare two judges' results (1, 1/2, 0) on the answers that both judged.
 
     `same`: the share on which they agree. `kappa`: Cohen's, 0 for what chance would do, null where a judge always says
     the same. Win, tie, lose, win against win, lose, lose, tie: 0.5 and 0.27.
     """
-    first, second = (
-        {pair: _point(orders[True], orders[False]) for pair, orders in _in_both_orders(of).items()}
-        for of in (rows, others)
-    )
     both = [(first[pair], second[pair]) for pair in first if pair in second]
     same, n = rate([float(a == b) for a, b in both]), len(both)
     shares = [[Counter(judged)[result] / n for result in (0.0, 0.5, 1.0)] for judged in zip(*both, strict=True)]

@@ -310,12 +310,16 @@ def other_judges(run: Run) -> None:
             matches = _all_matches(run, judge, lend, folder / f"judge_{number + 2}")
         comparisons = {
             pair: evaluation.tally(rows, lengths)
-            | {"agreement": evaluation.agreement(store.read_part(part_path(folder / pair, 0)), rows)}
+            | {"agreement": evaluation.agreement(_results_of_the_first(folder, pair), evaluation.results(rows))}
             for pair, (rows, lengths) in matches.items()
         }
         told.append({**_who_judged(run, judge), "comparisons": comparisons})
     if found:
         store.write_json(folder / "results.json", {**found, "other_judges": told})
+
+
+def _results_of_the_first(folder: Path, pair: str) -> dict[tuple[str, str], float]:
+    return evaluation.results(store.read_part(part_path(folder / pair, 0)))
 
 
 def _who_judged(run: Run, judge: Model) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "judge": judge,
         "plays_itself": summary.plays_itself(folder),
         "other_judges": _other_judges(folder),
+        "people": _people(folder),
         "trainings": _trainings(folder, found),
         "usage": _usage(usage, timings),
         "drops": _drops(folder, found),
@@ -219,6 +220,21 @@ def _published(name: str) -> str:
 def _spelled(metrics: Mapping[str, float], name: str) -> str:
     n = metrics.get(f"{name}_n")
     return spell(metrics.get(name), metrics.get(f"{name}_stderr"), None if n is None else int(n))
+
+
+def _people(folder: Path) -> list[dict[str, str]]:
+    """Spell what people voted on each match."""
+    return [
+        {
+            "match": pair.replace("_vs_", " against "),
+            "voters": str(told["voters"]),
+            "points": spell(*Rate(**told["win_or_half_tie"])),
+            "split": "\xa0/\xa0".join(spell(told[key]["value"]) for key in ("win", "tie", "lose")),
+            "people": spell(*Rate(**told["two_people_agree"])),
+            "judge": spell(*Rate(**told["judge_agrees"]["same"])) if "judge_agrees" in told else "–",
+        }
+        for pair, told in summary.votes(folder).items()
+    ]
 
 
 def _other_judges(folder: Path) -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ def models(folder: Path) -> list[str]:
     """List the models of a campaign: M0, sft_baseline, M1, M2, … and then others that were evaluated, by name."""
     found = {BASE}
     found |= {path.parent.name for path in folder.glob("models/*/complete.json")}
-    found |= {path.parent.name for path in folder.glob("evaluation/*/results.json")} - {"head_to_head"}
+    found |= {path.parent.name for path in folder.glob("evaluation/*/results.json")} - {"head_to_head", "votes"}
     return sorted(found, key=_place)
 
 
@@ -389,6 +389,11 @@ def head_to_heads(folder: Path) -> tuple[str | None, dict[tuple[str, str], dict[
 def plays_itself(folder: Path) -> list[str]:
     """Name the compared models that the judge of the head-to-heads is one of."""
     return (store.read_json(folder / "evaluation" / "head_to_head" / "results.json") or {}).get("plays_itself") or []
+
+
+def votes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what people said of the models' answers: NEWER_vs_OLDER to its counts."""
+    return (store.read_json(folder / "evaluation" / "votes" / "results.json") or {}).get("comparisons") or {}
 
 
 def other_judges(folder: Path) -> list[dict[str, Any]]:

@@ -168,23 +168,17 @@ def test_a_judge_that_takes_the_first_gives_ties_and_flips():
     assert found["win_or_half_tie"]["value"] == 0.5
 
 
-def rows_of(results):
-    """Verdicts in both orders that make each match a win (1), a tie (0.5) or a loss (0) of the first model."""
-    rows = [
-        {"target_id": f"a{i}", "other_id": f"b{i}", "first": first, "verdict": verdict}
-        for i, result in enumerate(results)
-        for first, verdict in ((f"a{i}", 0.9 if result else 0.1), (f"b{i}", 0.1 if result == 1 else 0.9))
-    ]
-    return pa.Table.from_pylist(rows)
+def by_place(*results):
+    return {(f"a{i}", f"b{i}"): result for i, result in enumerate(results)}
 
 
 def test_two_judges_agreement_worked_by_hand():
-    found = evaluation.agreement(rows_of([1, 0.5, 0, 1]), rows_of([1, 0, 0, 0.5]))
+    found = evaluation.agreement(by_place(1, 0.5, 0, 1), by_place(1, 0, 0, 0.5))
     assert found["same"] == {"value": 0.5, "stderr": 0.25, "n": 4}
     # by chance: 1/2 1/4 + 1/4 1/4 + 1/4 1/2 = 5/16
     assert found["kappa"] == pytest.approx((1 / 2 - 5 / 16) / (1 - 5 / 16))
-    assert evaluation.agreement(rows_of([1, 1]), rows_of([1, 0]))["kappa"] is None
-    assert evaluation.agreement(rows_of([1]), rows_of([1]).slice(0, 0))["same"]["n"] == 0
+    assert evaluation.agreement(by_place(1, 1), by_place(1, 0))["kappa"] is None
+    assert evaluation.agreement(by_place(1), {})["same"]["n"] == 0
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)), min_size=1, max_size=10))
