@@ -86,6 +86,7 @@ def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging
     parts = {name: [piece] for name, piece in pieces.items()}
     if not judging_only:
         parts |= _suite_answers(run, model) | _capability(run)
+    _keep_prompts(run, asked)
     folder = run.campaign.folder / "evaluation" / model.name
     started: dict[str, list[Pending[Made]]] = {}
     for name, shards in parts.items():
@@ -97,6 +98,14 @@ def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging
                 run.executor.submit(Work("evaluation", f"{name} of {model.name}{of}", make))
             )
     return started
+
+
+def _keep_prompts(run: Run, asked: pa.Table) -> None:
+    """Keep what was asked beside the answers, for whoever reads them."""
+    path, made_from = run.campaign.folder / "evaluation" / "prompts.parquet", store.rows_digest([asked], asked.schema)
+    stamp = store.stamp_of(path)
+    if stamp is None or stamp.fingerprint != made_from:
+        store.write_part(path, asked, made_from)
 
 
 def _suite_answers(run: Run, model: Model) -> dict[str, list[Piece]]:

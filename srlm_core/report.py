@@ -14,7 +14,7 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from srlm_core import evaluation, paper, report_words, settings, store, summary
+from srlm_core import evaluation, paper, report_words, settings, side_by_side, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.rates import Rate, rate
 from srlm_core.report_figures import Figure, all_figures
@@ -34,7 +34,7 @@ _TEXT_SHOWN = 20_000
 
 
 def write_report(campaign_folder: Path) -> Path:
-    """Write report/index.html, report/report.md and report/figures/*.svg; return the path of the page."""
+    """Write report/index.html with its figures, report.md, and side_by_side.html; return the path of the page."""
     content = gather(campaign_folder)
     content["figures"] = all_figures(**content["to_draw"])
     target = campaign_folder / "report"
@@ -44,6 +44,10 @@ def write_report(campaign_folder: Path) -> Path:
         if stale.stem not in content["figures"]:
             stale.unlink()
     store.write_text(target / "report.md", _markdown().get_template("report_template.md.j2").render(content))
+    told = side_by_side.stories(campaign_folder)
+    if told["prompts"]:
+        page = _html().get_template("side_by_side_template.html.j2").render(name=campaign_folder.name, **told)
+        store.write_text(target / "side_by_side.html", page)
     page = target / "index.html"
     store.write_text(page, _html().get_template("report_template.html.j2").render(content))
     return page
@@ -84,6 +88,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "usage": _usage(usage, timings),
         "drops": _drops(folder, found),
         "attacks": _attacks(folder, found),
+        "side_by_side": (folder / "evaluation" / "prompts.parquet").exists(),
         "taught": report_words.taught(store.read_json(folder / "bootstrap" / "eft.json")),
         "set_aside": _set_aside(folder),
         "samples": _samples(folder, found),

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from srlm_core import evaluation, store, summary
+from srlm_core import evaluation, side_by_side, store, summary
 from srlm_core.errors import DataError
 from srlm_core.rates import rate
-from srlm_core.seed_data import load_seed
 from srlm_core.store import digest, seed_for
 
 CHOICES = ("left", "tie", "right")
@@ -50,11 +49,8 @@ def write_page(folder: Path, newer: str, older: str, count: int) -> Path:
 
 def ballots(folder: Path, newer: str, older: str, count: int) -> list[Ballot]:
     """Lay out the prompts that both models answered, differently, in an order of no meaning."""
-    config = summary.campaign_config(folder)
-    if config is None:
-        raise DataError(f"expected a campaign's settings in {folder / 'config.json'}, got none that can be read.")
-    prompts = {digest("evaluation", row["prompt"]): row["prompt"] for row in load_seed(config).evaluation}
-    said = [{row["prompt_id"]: row for row in _answers(folder, model)} for model in (newer, older)]
+    prompts = side_by_side.prompts(folder)
+    said = [_answers(folder, model) for model in (newer, older)]
     found: list[Ballot] = []
     for prompt_id, prompt in prompts.items():
         if prompt_id in said[0] and prompt_id in said[1]:
@@ -71,12 +67,12 @@ def ballots(folder: Path, newer: str, older: str, count: int) -> list[Ballot]:
     return sorted(found, key=lambda ballot: seed_for("vote", ballot.prompt_id))[:count]
 
 
-def _answers(folder: Path, model: str) -> list[dict[str, Any]]:
-    parts = store.parts(folder / "evaluation" / model / "responses")
-    if not parts:
+def _answers(folder: Path, model: str) -> dict[str, dict[str, Any]]:
+    found = side_by_side.answers(folder, model)
+    if not found:
         there = [path.parent.name for path in sorted(folder.glob("evaluation/*/responses"))]
         raise DataError(f"expected answers of {model} in {folder}, got those of {', '.join(there) or 'no model'}.")
-    return [row for part in parts for row in store.read_part(part).to_pylist()]
+    return found
 
 
 # --- reading them back ----------------------------------------------------------------------------------------------
@@ -118,8 +114,7 @@ def count(folder: Path, given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     written = {
         row["response_id"]: (model, row["prompt_id"])
         for model in models
-        if store.parts(folder / "evaluation" / model / "responses")
-        for row in _answers(folder, model)
+        for row in side_by_side.answers(folder, model).values()
     }
     votes: dict[tuple[str, str, str], float] = {}
     aside: Counter[str] = Counter()

@@ -4,21 +4,16 @@ import json
 import re
 
 import pytest
-from conftest import TINY
 from typer.testing import CliRunner
 
 from flows.cli import app
-from srlm_core import recipes, store, summary, votes
+from srlm_core import store, summary, votes
 from srlm_core.errors import DataError
 
 
 @pytest.fixture
 def campaign(scripted):
-    sets = ("iterations=1", "evaluation.prompts=6", "seed_data.ift_rows=8")
-    folder = scripted(*sets)
-    config = recipes.load("smoke", overrides=[*TINY, *sets])
-    (folder / "config.json").write_text(config.model_dump_json())
-    return folder
+    return scripted("iterations=1", "evaluation.prompts=6", "seed_data.ift_rows=8")
 
 
 def given(shown, choices, voter="Ada"):
@@ -97,6 +92,7 @@ def test_what_is_no_vote_is_set_aside_and_a_second_vote_replaces_the_first(campa
 
 
 def test_from_the_command_line_to_the_report(campaign, tmp_path):
+    (campaign / "config.json").write_text("{}")
     root = ["--root", str(campaign.parent)]
     page = CliRunner().invoke(app, ["vote", campaign.name, "M2", "M1", "--prompts", "3", *root])
     assert page.exit_code == 0, page.output
