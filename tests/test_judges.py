@@ -32,5 +32,5 @@ def test_the_report_shows_every_judge(scripted):
     folder = scripted("iterations=1", 'evaluation.head_to_head=["chain","M0"]', 'evaluation.more_judges=["base"]')
     write_report(folder)
     page = (folder / "report" / "report.md").read_text()
-    assert "the same model as M0, whose matches it should not decide" in page
+    assert "which is itself a player (M0): read its matches with care" in page
     assert "| M2 against M1 | M0 |" in page
