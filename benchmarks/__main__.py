@@ -17,6 +17,7 @@ BENCHMARKS = {
     "loop": "the loop's own cost at 5,000 x 7 x 11 on the scripted engine, and at ten times the rows",
     "nucleus": "nucleus sampling against none, and against vLLM's own",
     "sampling": "the loop's sampling and judging against one bare vllm.LLM",
+    "evaluation": "a whole evaluation of one model against one bare vllm.LLM",
     "replicas": "two engines of one core each against one",
     "training": "SFT and DPO against TRL as it comes",
     "settings": "threads, batch and compilation of the engine: what `srlm doctor` chooses by",

@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.bootstrap import bootstrap
 from flows.evaluate import evaluate
 from flows.iteration import iteration
+from srlm_core import interrupts
 from srlm_core.executor import Pending, Work
 from tasks.evaluation import evaluation
 from tasks.judgments import judgments
@@ -60,6 +61,7 @@ class PrefectExecutor:
 
     def submit(self, work: Work[T], after: Sequence[Pending[Any]] = ()) -> Pending[T]:
         """Start a task run. The runner is first in, first out, so what a thread waits for holds a thread already."""
+        interrupts.check()
         earlier = tuple(after)
         waits_for = [shown.future for shown in earlier if isinstance(shown, Shown)]
         made: list[T] = []
@@ -71,6 +73,7 @@ class PrefectExecutor:
         return Shown(task_for(work.stage).submit(work.name, make, wait_for=waits_for), earlier, made)
 
     def run(self, work: Work[T]) -> T:
+        interrupts.check()
         return task_for(work.stage)(work.name, work.run)
 
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:

@@ -5,14 +5,13 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from srlm_core import __version__, measuring, settings, store
+from srlm_core import __version__, interrupts, measuring, settings, store
 from srlm_core.backend import Backend, describe_engine, make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.errors import StoreError
@@ -49,7 +48,7 @@ def run_recipe(
     from srlm_core import summary
 
     quiet()
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    interrupts.listen()
     root = root.resolve()
     config = resolve(config)
     if fork:
@@ -81,10 +80,6 @@ def _run(
     from flows.campaign import run_campaign
 
     run_campaign(config, campaign, backend=backend, observers=[console], use_prefect=use_prefect, use_mlflow=use_mlflow)
-
-
-def _as_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def agree(campaign: Campaign, config: RunConfig, *, redo: bool) -> None:

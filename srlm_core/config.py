@@ -353,6 +353,8 @@ class EvaluationConfig(Settings):
     what is shown first."""
     attacks: bool = True
     """Judge the responses that quote scores or give the judge orders, and report the mean shift."""
+    refusals: bool = True
+    """Ask the shipped harmful requests, and harmless ones that sound like them, and report how many are refused."""
     sampling: SamplingConfig = SamplingConfig()
     judge: str = "base"
     """Frozen judge of head-to-heads: `base` (M0), a model path, or an endpoint as `model@http://host/v1`."""

@@ -76,8 +76,16 @@ def asked(row: Mapping[str, Any]) -> list[str]:
 
 def attacks() -> list[dict[str, Any]]:
     """Read the shipped responses that try to win a score: {"form", "prompt", "response", "attack"}."""
-    lines = (SEED / "attacks.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return _shipped("attacks.jsonl")
+
+
+def requests() -> list[dict[str, Any]]:
+    """Read the shipped requests that should be refused, and those that only sound so: {"prompt", "harmful"}."""
+    return _shipped("requests.jsonl")
+
+
+def _shipped(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (SEED / name).read_text(encoding="utf-8").splitlines()]
 
 
 def of_kinds(rows: Sequence[dict[str, Any]], kinds: Sequence[str], setting: str) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
+from srlm_core import interrupts
 from srlm_core.errors import EngineDied
 
 log = logging.getLogger("srlm")
@@ -64,7 +65,10 @@ class PlainExecutor:
                 earlier.result()
             return attempt(work)
 
-        return self._pool.submit(run)
+        with interrupts.calm():
+            future = self._pool.submit(run)
+        interrupts.check()
+        return _Waited(future)
 
     def run(self, work: Work[T]) -> T:
         return attempt(work)
@@ -73,8 +77,26 @@ class PlainExecutor:
         return run()
 
 
+class _Waited(Generic[T]):
+    """A future whose waiting ends when somebody asks to stop."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    def result(self) -> T:
+        while not self._future.done():
+            with interrupts.calm():
+                wait([self._future], timeout=0.2)
+            interrupts.check()
+        return self._future.result()
+
+
 def attempt(work: Work[T]) -> T:
-    """Run work; once more if its engine died under it. The engine's second death is an error."""
+    """Run work, unless somebody asked to stop; once more if its engine died under it.
+
+    The engine's second death is an error.
+    """
+    interrupts.check()
     try:
         return work.run()
     except EngineDied as error:

@@ -24,6 +24,8 @@ from srlm_core.suites.record import Item, Suite, Tables
 
 Piece = tuple[Callable[[Engine], Tables], Any]
 """How a part is made, and what it is made from."""
+REFUSAL_TOKENS = 48
+"""Tokens of an answer that is only looked at for a refusal."""
 Started = Mapping[str, Sequence[Pending[Made]]]
 """The parts that are being made of a model's measurements, by name."""
 
@@ -81,6 +83,8 @@ def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging
     if seed.attacks:
         attacks = evaluation.attack_tasks(seed.attacks)
         pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
+    if seed.requests:
+        pieces["refusals"] = _asked_to_refuse(run, model)
     if judging_only:
         pieces = {"heldout": pieces["heldout"]}
     parts = {name: [piece] for name, piece in pieces.items()}
@@ -98,6 +102,14 @@ def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging
                 run.executor.submit(Work("evaluation", f"{name} of {model.name}{of}", make))
             )
     return started
+
+
+def _asked_to_refuse(run: Run, model: Model) -> Piece:
+    """Lay out the requests of which a half should be refused, answered greedily: a refusal shows in its first words."""
+    asked = evaluation_prompts(run.seed_data.requests)
+    greedy = run.config.evaluation.sampling.model_copy(update={"temperature": 0.0, "max_tokens": REFUSAL_TOKENS})
+    answer = partial(responses.respond, asked, config=greedy, n=1, iteration=0, model=model.name, seed=run.config.seed)
+    return answer, ["refusals", responses.VERSION, store.rows_digest([asked], asked.schema), REFUSAL_TOKENS]
 
 
 def _keep_prompts(run: Run, asked: pa.Table) -> None:
@@ -207,6 +219,8 @@ def finish(run: Run, model: Model, pending: Started) -> None:
         results["responses"] = answers.describe(tables["responses"])
     if "order" in tables:
         results["order"] = evaluation.pull_of_order(tables["order"])
+    if "refusals" in tables:
+        results["refusals"] = answers.refusals(seed.requests, tables["refusals"])
     if "attacks" in tables:
         results["attacks"] = evaluation.attack_shift(seed.attacks, mean_scores("attacks"))
     folder = run.campaign.folder / "evaluation" / model.name

@@ -158,6 +158,8 @@ _OF_THE_ANSWERS = {
     "distinct words": "response_distinct_1",
     "distinct pairs of words": "response_distinct_2",
     "refusals": "response_refused_rate",
+    "… of harmful requests": "refused_harmful",
+    "… of harmless ones that sound so": "refused_harmless",
 }
 """Line of a table to the measure that it shows."""
 _OF_THE_SUITES = {

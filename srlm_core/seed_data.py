@@ -18,6 +18,8 @@ class SeedData(NamedTuple):
     heldout: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
     attacks: list[dict[str, Any]]
+    requests: list[dict[str, Any]]
+    """Harmful ones, and harmless ones that sound like them."""
     own_prompts: list[str]
     suites: Mapping[str, suites.Taken]
     """The published benchmarks that the models take."""
@@ -31,8 +33,11 @@ def load_seed(config: RunConfig) -> SeedData:
     """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError."""
     seed, wanted = config.seed_data, config.evaluation
     loaded = _files(config)
-    attacks = data.attacks()
-    sets = {"heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks}
+    attacks, requests = data.attacks(), data.requests()
+    sets = {
+        "heldout": loaded["heldout"].rows, "evaluation": loaded["evaluation"].rows, "attacks": attacks,
+        "requests": requests,
+    }  # fmt: skip
     measuring = {name: [text for row in rows for text in data.asked(row)] for name, rows in sets.items()}
     taken = suites.load(wanted.suites)
     others = {name: one.everything for name, one in taken.items()}
@@ -52,12 +57,13 @@ def load_seed(config: RunConfig) -> SeedData:
         heldout=data.spread(loaded["heldout"].rows, wanted.heldout_groups),
         evaluation=data.spread(loaded["evaluation"].rows, wanted.prompts),
         attacks=attacks if wanted.attacks else [],
+        requests=requests if wanted.refusals else [],
         own_prompts=list(dict.fromkeys(own)),
         suites=taken,
         measuring=watch,
         set_aside={name: file.set_aside for name, file in loaded.items() if file.set_aside},
         identities={name: file.identity for name, file in loaded.items()}
-        | {"attacks": digest(attacks)}
+        | {"attacks": digest(attacks), "requests": digest(requests)}
         | ({"keep_out": digest(list(others.values()))} if others else {}),
     )
 

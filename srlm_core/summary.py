@@ -440,6 +440,8 @@ def _rates(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         ("responses", "refused", "response_refused_rate"),
         ("responses", "distinct_1", "response_distinct_1"),
         ("responses", "distinct_2", "response_distinct_2"),
+        ("refusals", "harmful", "refused_harmful"),
+        ("refusals", "harmless", "refused_harmless"),
         ("attacks", "shift", "attack_shift"),
     ):
         rate = results.get(block, {}).get(key)

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tables import responses
 
 from srlm_core import answers
+from srlm_core.store import digest
 
 
 def test_distinct_words_and_their_error_as_worked_by_hand():
@@ -50,3 +51,14 @@ def test_answers_described():
     assert found["distinct_1"]["value"] == pytest.approx(6 / 10)
     nothing = answers.describe(rows.slice(0, 0))
     assert (nothing["n"], nothing["chars_mean"], nothing["refused"]["value"]) == (0, None, None)
+
+
+def test_refusals_of_harmful_and_of_harmless_requests_apart():
+    asked = [{"prompt": str(n), "harmful": n < 3} for n in range(5)]
+    said = ["I'm sorry, but no.", "Sure.", "I cannot help with that.", "Of course.", "I can't do that."]
+    table = responses([(f"p{n}", text, "stop") for n, text in enumerate(said)])
+    ids = [digest("evaluation", row["prompt"]) for row in asked]
+    table = table.set_column(table.schema.get_field_index("prompt_id"), "prompt_id", [ids])
+    found = answers.refusals(asked, table.slice(0, 4))  # the last one did not fit and is in no rate
+    assert (found["harmful"]["value"], found["harmful"]["n"]) == (2 / 3, 3)
+    assert found["harmless"] == {"value": 0, "stderr": None, "n": 1}

@@ -12,6 +12,7 @@ RANKED = data.load(data.SEED / "ranked.jsonl", "groups", check=data.check_judged
 HELDOUT = data.load(data.SEED / "heldout.jsonl", "groups").rows
 EVALUATION = data.load(data.SEED / "evaluation.jsonl", "prompts").rows
 ATTACKS = data.attacks()
+REQUESTS = data.requests()
 
 KINDS = {
     "writing", "explanation", "reasoning", "arithmetic", "code", "extraction", "planning", "rewriting", "role play",
@@ -25,6 +26,8 @@ def test_the_corpus_has_its_sizes():
     assert len(HELDOUT) == 40
     assert len(EVALUATION) == 60
     assert len(ATTACKS) >= 20
+    assert Counter(row["harmful"] for row in REQUESTS) == {True: 20, False: 20}
+    assert len({row["prompt"] for row in REQUESTS}) == 40
     assert all(len(group["responses"]) == 4 for group in [*RANKED, *HELDOUT])
 
 
