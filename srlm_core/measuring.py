@@ -232,6 +232,7 @@ def finish(run: Run, model: Model, pending: Started) -> None:
             scored = capability.measure(task, tables[f"capability_{task}"])
             results.setdefault("suites", {}).setdefault("capability", {}).update(scored)
     store.write_json(folder / "results.json", results)
+    run.measured[model.name] = None
     run.tell("evaluation", model=model.name, results=results)
 
 
@@ -242,7 +243,7 @@ def judge_suites(run: Run) -> None:
     """
     config, folder = run.config.evaluation.suites, run.campaign.folder / "evaluation"
     judged = {name: taken for name, taken in run.seed_data.suites.items() if taken.suite.judged}
-    answered = sorted(path.parent for path in folder.glob("*/results.json") if "suites" in store.read_json(path))
+    answered = [folder / model for model in run.measured]
     if config.annotator is None or not judged or not answered:
         return
     annotator = run.role(config.annotator, run.base)

@@ -37,6 +37,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
+        self.measured: dict[str, None] = {}
+        """The models that this run measured or found measured, in order."""
         self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
 
     def tell(self, what: str, **details: Any) -> None:

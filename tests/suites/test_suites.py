@@ -277,6 +277,18 @@ def test_an_annotator_that_is_busy_talks_nonsense_or_breaks_off_is_counted_never
     }  # fmt: skip
 
 
+def test_a_model_measured_under_other_settings_is_not_judged_under_these(tmp_path, scripted):
+    sets, annotator = all_of(tmp_path), Annotator(by_kind)
+    scripted(*sets, "evaluation.models=all", "evaluation.suites.questions=3")
+    with annotator.serving() as name:
+        new = (f"evaluation.suites.annotator={json.dumps(name)}", "evaluation.suites.questions=1")
+        folder = scripted(*sets, *new)
+    assert store.read_json(folder / "evaluation/M2/results.json")["suites"]["mt_bench"]["score"]["n"] == 1
+    assert "judge" not in store.read_json(folder / "evaluation/M0/results.json")["suites"]["mt_bench"]
+    # two models; an answer, two grades, a pair of games
+    assert len(annotator.asked) == 2 * (1 + 2 + 2)
+
+
 def test_what_a_benchmark_asks_is_kept_out_of_training(tmp_path, scripted):
     asked = json.loads((published.mt_bench(tmp_path) / "question.jsonl").read_text().splitlines()[0])["turns"][0]
     rows = [{"instruction": asked.upper(), "response": "It is the grey one."}]
