@@ -143,17 +143,19 @@ def show(campaign: str, prompt_id: str, root: Root = RUNS) -> None:
 
 
 @app.command()
-def compare(a: str, b: str, root: Root = RUNS, as_json: AsJson = False) -> None:
-    """Put two campaigns side by side, model by model."""
-    from flows.looking import folder_of
+def compare(
+    campaigns: Annotated[list[str], typer.Argument(help="Two campaigns or more; differences are from the first.")],
+    root: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Put campaigns side by side, model by model, and write a page of what differs and by how much."""
+    from flows.looking import compared
     from srlm_core import summary
 
-    rows = [
-        {"campaign": name, **row}
-        for name in (a, b)
-        for row in summary.table(folder_of(root, name))
-    ]  # fmt: skip
-    typer.echo(json.dumps(rows, indent=2) if as_json else summary.as_text(rows))
+    rows, page = compared(root, campaigns)
+    typer.echo(
+        json.dumps({"page": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}"
+    )
 
 
 @app.command()
@@ -165,20 +167,20 @@ def evaluate(
     ranked: Annotated[
         str | None, typer.Option(help="Only how it judges this file of rankings or labelled pairs, all of it.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the evaluation.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name; default: from the model and the file.")] = None,
     root: Root = RUNS,
+    redo: Annotated[bool, typer.Option(help="Go on though settings changed; what they change is asked again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any model as judge and as policy, with the recipe's evaluation settings."""
-    from flows.running import evaluate_model
+    """Measure any model as judge and as policy, with the recipe's evaluation settings; nothing is asked twice."""
+    from flows.running import evaluate_model, evaluation_name
 
     if ranked:
         sets = [f"seed_data.heldout={json.dumps(_absolute(ranked))}", "evaluation.heldout_groups=null", *sets]
-    usual = f"evaluate-{Path(model).name}" + (f"-{Path(ranked).name.split('.')[0]}" if ranked else "")
-    results = evaluate_model(
-        _load(recipe, size, sets, model, None), name or usual, root, model, judging_only=ranked is not None
-    )
-    typer.echo(json.dumps(results, indent=2) if as_json else _spell(results))
+    name = name or evaluation_name(_absolute(model), _absolute(ranked) if ranked else None)
+    config = _load(recipe, size, sets, model, None)
+    results = evaluate_model(config, name, root, model, judging_only=ranked is not None, redo=redo)
+    typer.echo(json.dumps(results, indent=2) if as_json else f"{_spell(results)}\nkept in {root / name}")
 
 
 def _spell(results: dict[str, Any], indent: str = "") -> str:

@@ -37,6 +37,7 @@ class Console:
         self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = defaultdict(int)
         self._said_at: dict[str, float] = {}
+        self._told: set[str] = set()
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -128,7 +129,8 @@ class Console:
         )
 
     def _on_evaluation(self, model: str, results: dict[str, Any]) -> None:
-        if "judge" in results:
+        if "judge" in results and model not in self._told:  # what an annotator adds later changes nothing of it
+            self._told.add(model)
             accuracy = results["judge"]["pairwise_accuracy"]
             if accuracy["value"] is not None:
                 longer = results["judge"]["longer_accuracy"]

@@ -5,8 +5,9 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import StoreError
@@ -25,6 +26,21 @@ def folder_of(root: Path, campaign: str) -> Path:
     near = difflib.get_close_matches(campaign, there, n=3, cutoff=0.5) or there[:5]
     hint = f"There are: {', '.join(near)}." if near else "There is none yet: `srlm run smoke` makes one in a minute."
     raise StoreError(f"expected a campaign {campaign!r} in {root.resolve()}. {hint}")
+
+
+def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]], Path]:
+    """Compare campaigns: a row per model of each, and the page that was written. Raises StoreError where one is not."""
+    from srlm_core import summary
+    from srlm_core.comparison import names, write_comparison
+
+    folders = [folder_of(root, name) for name in dict.fromkeys(campaigns)]
+    page = write_comparison(folders, root / "comparisons" / "_against_".join(folder.name for folder in folders))
+    rows = [
+        {"campaign": name, **row}
+        for name, folder in zip(names(folders), folders, strict=True)
+        for row in summary.table(folder)
+    ]
+    return rows, page
 
 
 def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:

@@ -147,8 +147,14 @@ def _git() -> str | None:
     return done.stdout.strip() or None
 
 
+def evaluation_name(model: str, ranked: str | None) -> str:
+    """Name an evaluation after its model and file; two that are only named alike get folders of their own."""
+    words = ["evaluate", Path(model).name, *([Path(ranked).name.split(".")[0]] if ranked else [])]
+    return "-".join([*words, store.digest(model, ranked, length=6)])
+
+
 def evaluate_model(
-    config: RunConfig, name: str, root: Path, model: str, *, judging_only: bool = False
+    config: RunConfig, name: str, root: Path, model: str, *, judging_only: bool, redo: bool
 ) -> dict[str, Any]:
     """Measure one model outside a campaign's loop, or only how it judges; resumable like one."""
     from flows.console import Console
@@ -156,7 +162,7 @@ def evaluate_model(
     quiet()
     root, config = root.resolve(), resolve(config)
     with Campaign(root, name) as campaign, Console(campaign, as_json=True) as console, PlainExecutor() as executor:
-        agree(campaign, config, redo=False)
+        agree(campaign, config, redo=redo)
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         run = Run(config, campaign, executor, backend, [console])

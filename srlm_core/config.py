@@ -351,6 +351,9 @@ class EvaluationConfig(Settings):
     order_groups: int = Field(default=40, ge=0)
     """Held-out groups whose best and worst response the model compares in both orders, to report how much it takes
     what is shown first."""
+    own_groups: int = Field(default=40, ge=0)
+    """Held-out groups whose prompt the model answers, too: where it places its own answer among people's, against where
+    the frozen judge does, is its self-preference."""
     attacks: bool = True
     """Judge the responses that quote scores or give the judge orders, and report the mean shift."""
     refusals: bool = True

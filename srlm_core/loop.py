@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import eft, evaluation, judgments, measuring, prompts, schemas, settings, store, training
+from srlm_core import eft, evaluation, frozen_judge, judgments, measuring, prompts, schemas, settings, store, training
 from srlm_core.backend import Model
 from srlm_core.config import DpoConfig, RunConfig, SftConfig
 from srlm_core.data import SetAside
@@ -173,15 +173,16 @@ def evaluate_rest(run: Run) -> None:
         return
     last = run.model(f"M{run.config.iterations + 1}")
     others = [last] + ([run.model(BASELINE)] if config.models == "all" else [])
-    for model in others:
+    for model in (model for model in others if model.name not in run.measured):
         with run.phase(f"evaluating {model.name}"), run.engines() as lend:
             measuring.finish(run, model, measuring.submit(run, model, lend))
     judge = run.role(config.judge, run.base)
     with run.phase("evaluating M0, head to head"), run.engines() as lend:
         if config.models == "all":
             measuring.finish(run, run.base, measuring.submit(run, run.base, lend))
-        measuring.head_to_head(run, judge, lend)
-    measuring.other_judges(run)
+        frozen_judge.head_to_head(run, judge, lend)
+        frozen_judge.place_own_answers(run, judge, lend)
+    frozen_judge.other_judges(run)
     measuring.judge_suites(run)
 
 

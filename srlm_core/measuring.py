@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import answers, evaluation, judgments, responses, schemas, settings, store
+from srlm_core import answers, evaluation, judgments, own_answers, responses, schemas, settings, store
 from srlm_core.backend import Model
-from srlm_core.config import RunConfig, SamplingConfig
+from srlm_core.config import JudgmentsConfig, RunConfig, SamplingConfig
 from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
 from srlm_core.executor import Pending, Work
@@ -22,8 +22,11 @@ from srlm_core.store import Made, digest, materialize, part_path
 from srlm_core.suites import Taken, capability, record
 from srlm_core.suites.record import Item, Suite, Tables
 
-Piece = tuple[Callable[[Engine], Tables], Any]
+Make = Callable[[Engine], Tables]
+Piece = tuple[Make, Any]
 """How a part is made, and what it is made from."""
+Lend = Callable[[Model], OnDemand]
+"""Lends the engine of a model, started when it is first asked."""
 REFUSAL_TOKENS = 48
 """Tokens of an answer that is only looked at for a refusal."""
 Started = Mapping[str, Sequence[Pending[Made]]]
@@ -47,61 +50,107 @@ def evaluation_prompts(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     )
 
 
-def submit(run: Run, model: Model, lend: Callable[[Model], OnDemand], *, judging_only: bool = False) -> Started:
+def submit(run: Run, model: Model, lend: Lend, *, judging_only: bool = False) -> Started:
     """Start the measurements of one model, so that they share the engine's batch with whatever else it does.
 
     `judging_only`: the held-out rankings alone.
     """
     if run.config.evaluation.models == "none":
         return {}
-    seed, config = run.seed_data, run.config
-    asked = evaluation_prompts(seed.evaluation)
-    as_text = config.judgments.model_copy(update={"reading": "text", "justified": True, "k": 1})
-    tasks = evaluation.group_tasks(seed.heldout)
-    few = tasks[: config.evaluation.text_judgments]
-
-    def answer(engine: Engine) -> tuple[pa.Table, pa.Table]:
-        return responses.respond(
-            asked, engine, config.evaluation.sampling, n=1, iteration=0, model=model.name, seed=config.seed
-        )
-
-    def judged(work: Sequence[judgments.Task], how: Any) -> Callable[[Engine], tuple[pa.Table, pa.Table]]:
-        return lambda engine: judgments.judge(work, engine, how, iteration=0, judge_name=model.name, seed=config.seed)
-
-    sampling = settings.pick(config, ("evaluation.sampling",))
-    pieces: dict[str, Piece] = {
-        "responses": (answer, ["responses", responses.VERSION, store.rows_digest([asked], asked.schema), sampling]),
-        "heldout": (judged(tasks, config.judgments), _judging(config, tasks)),
-        "text": (judged(few, as_text), [_judging(config, few), "text"]),
-    }
-    if config.evaluation.order_groups:
-        played = evaluation.best_against_worst(seed.heldout[: config.evaluation.order_groups])
-        pieces["order"] = (
-            partial(evaluation.compare, played, judge_name=model.name),
-            ["order", judgments.load_rubric("pairwise", justified=None).identity, [list(match) for match in played]],
-        )
-    if seed.attacks:
-        attacks = evaluation.attack_tasks(seed.attacks)
-        pieces["attacks"] = (judged(attacks, config.judgments), _judging(config, attacks))
-    if seed.requests:
-        pieces["refusals"] = _asked_to_refuse(run, model)
-    if judging_only:
-        pieces = {"heldout": pieces["heldout"]}
-    parts = {name: [piece] for name, piece in pieces.items()}
-    if not judging_only:
-        parts |= _suite_answers(run, model) | _capability(run)
-    _keep_prompts(run, asked)
+    _keep_prompts(run, evaluation_prompts(run.seed_data.evaluation))
     folder = run.campaign.folder / "evaluation" / model.name
     started: dict[str, list[Pending[Made]]] = {}
-    for name, shards in parts.items():
+    for name, shards in _pieces(run, model, judging_only=judging_only).items():
         store.forget_later_parts(folder, name, len(shards))
         for number, piece in enumerate(shards):
             of = f" {number + 1}/{len(shards)}" if len(shards) > 1 else ""
             make = partial(make_part, run, folder, name, model, lend, *piece, number=number)
-            started.setdefault(name, []).append(
-                run.executor.submit(Work("evaluation", f"{name} of {model.name}{of}", make))
-            )
+            work = Work("evaluation", f"{name} of {model.name}{of}", make)
+            started.setdefault(name, []).append(run.executor.submit(work))
+    if "own" in started:
+        answered = part_path(folder / "own", 0)
+        started["own_judged"] = [judge_own(run, answered, model, folder / "own_judged", lend, started["own"])]
     return started
+
+
+def _pieces(run: Run, model: Model, *, judging_only: bool) -> dict[str, list[Piece]]:
+    """Lay out everything that is asked of a model, in shards under the names of their folders."""
+    seed, config = run.seed_data, run.config
+    tasks = evaluation.group_tasks(seed.heldout)
+    heldout = lay_out(run, model.name, tasks)
+    if judging_only:
+        return {"heldout": [heldout]}
+    as_text = config.judgments.model_copy(update={"reading": "text", "justified": True, "k": 1})
+    said, what = lay_out(run, model.name, tasks[: config.evaluation.text_judgments], as_text)
+    pieces: dict[str, Piece] = {
+        "responses": _answer(run, model, evaluation_prompts(seed.evaluation), "responses"),
+        "heldout": heldout,
+        "text": (said, [what, "text"]),
+    }
+    if config.evaluation.order_groups:
+        pieces["order"] = _in_both_orders(run, model)
+    if seed.attacks:
+        pieces["attacks"] = lay_out(run, model.name, evaluation.attack_tasks(seed.attacks))
+    if seed.requests:
+        pieces["refusals"] = _asked_to_refuse(run, model)
+    if config.evaluation.own_groups:
+        pieces["own"] = _answer(run, model, evaluation_prompts(own_groups(run)), "own")
+    shards = {name: [piece] for name, piece in pieces.items()}
+    return shards | _suite_answers(run, model) | _capability(run)
+
+
+def _in_both_orders(run: Run, model: Model) -> Piece:
+    """Lay out the best and the worst response of held-out groups, each shown first once."""
+    played = evaluation.best_against_worst(run.seed_data.heldout[: run.config.evaluation.order_groups])
+    rubric = judgments.load_rubric("pairwise", justified=None).identity
+    return partial(evaluation.compare, played, judge_name=model.name), ["order", rubric, [list(m) for m in played]]
+
+
+def _answer(run: Run, model: Model, asked: pa.Table, name: str) -> Piece:
+    """Lay out prompts for one answer each; rows PROMPTS."""
+    how = run.config.evaluation.sampling
+    answer = partial(responses.respond, asked, config=how, n=1, iteration=0, model=model.name, seed=run.config.seed)
+    sampling = settings.pick(run.config, ("evaluation.sampling",))
+    return answer, [name, responses.VERSION, store.rows_digest([asked], asked.schema), sampling]
+
+
+def lay_out(run: Run, judge: str, tasks: Sequence[judgments.Task], how: JudgmentsConfig | None = None) -> Piece:
+    """Lay out responses for a judge, who reads as the loop's does unless `how` says otherwise."""
+    config = run.config
+    make = partial(
+        judgments.judge, tasks, config=how or config.judgments, iteration=0, judge_name=judge, seed=config.seed
+    )
+    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
+    read = settings.pick(config, step.settings)
+    return make, [config.judgments.k, judgments.VERSION, read, step.texts(config), [list(task) for task in tasks]]
+
+
+def own_groups(run: Run) -> Sequence[Mapping[str, Any]]:
+    """Return the held-out groups whose prompts the models answer, too."""
+    return run.seed_data.heldout[: run.config.evaluation.own_groups]
+
+
+def _own_tasks(run: Run, answered: pa.Table) -> list[judgments.Task]:
+    return own_answers.tasks(evaluation_prompts(own_groups(run)), answered)
+
+
+def places(run: Run, answered: Path, judged: Iterable[Path]) -> dict[str, float]:
+    """Place a model's own answers among people's, by judgments of both: prompt to place."""
+    scored = _mean_scores(run.config, pa.concat_tables(store.read_part(path) for path in judged))
+    return own_answers.places(own_groups(run), _own_tasks(run, store.read_part(answered)), scored)
+
+
+def judge_own(
+    run: Run, answered: Path, judge: Model, kept: Path, lend: Lend, after: Sequence[Pending[Made]] = ()
+) -> Pending[Made]:
+    """Start a judge's judgments of a model's answers to held-out prompts, once these are there."""
+
+    def make() -> Made:
+        own = lay_out(run, judge.name, _own_tasks(run, store.read_part(answered)))
+        return make_part(run, kept.parent, kept.name, judge, lend, *own)
+
+    shown = f"own answers of {answered.parents[1].name} judged by {judge.name}"
+    return run.executor.submit(Work("evaluation", shown, make), after)
 
 
 def _asked_to_refuse(run: Run, model: Model) -> Piece:
@@ -152,26 +201,13 @@ def _shards(run: Run, taken: Taken) -> list[list[Item]]:
     return [taken.items[start : start + size] for start in range(0, len(taken.items), size)]
 
 
-def _judging(config: RunConfig, tasks: Sequence[judgments.Task]) -> list[Any]:
-    """What the judgments of these tasks are made from."""
-    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
-    k = config.judgments.k
-    return [
-        k,
-        judgments.VERSION,
-        settings.pick(config, step.settings),
-        step.texts(config),
-        [list(task) for task in tasks],
-    ]
-
-
 def make_part(
     run: Run,
     folder: Path,
     name: str,
     model: Model,
-    lend: Callable[[Model], OnDemand],
-    make: Callable[[Engine], tuple[pa.Table, pa.Table]],
+    lend: Lend,
+    make: Make,
     what: Any,
     *,
     number: int = 0,
@@ -202,8 +238,7 @@ def finish(run: Run, model: Model, pending: Started) -> None:
     config, seed = run.config, run.seed_data
 
     def mean_scores(name: str) -> dict[str, float]:
-        judged = judgments.scores(tables[name], k=config.judgments.k, required=config.judgments.required)
-        return {target: score.mean for target, score in judged.items()}
+        return _mean_scores(config, tables[name])
 
     groups = evaluation.ranked(seed.heldout, mean_scores("heldout"))
     lengths = {task.target_id: len(task.response) for task in evaluation.group_tasks(seed.heldout)}
@@ -219,6 +254,9 @@ def finish(run: Run, model: Model, pending: Started) -> None:
         results["responses"] = answers.describe(tables["responses"])
     if "order" in tables:
         results["order"] = evaluation.pull_of_order(tables["order"])
+    if "own" in tables:
+        judged = [part.result().path for part in (*pending["heldout"], *pending["own_judged"])]
+        results["own_answers"] = own_answers.measure(places(run, pending["own"][0].result().path, judged))
     if "refusals" in tables:
         results["refusals"] = answers.refusals(seed.requests, tables["refusals"])
     if "attacks" in tables:
@@ -234,6 +272,11 @@ def finish(run: Run, model: Model, pending: Started) -> None:
     store.write_json(folder / "results.json", results)
     run.measured[model.name] = None
     run.tell("evaluation", model=model.name, results=results)
+
+
+def _mean_scores(config: RunConfig, judged: pa.Table) -> dict[str, float]:
+    scored = judgments.scores(judged, k=config.judgments.k, required=config.judgments.required)
+    return {target: score.mean for target, score in scored.items()}
 
 
 def judge_suites(run: Run) -> None:
@@ -276,9 +319,7 @@ def _all_parts(folder: Path) -> pa.Table:
     return pa.concat_tables(store.read_part(path) for path in store.parts(folder))
 
 
-def _submit_verdicts(
-    run: Run, model: Path, taken: Taken, annotator: Model, lend: Callable[[Model], OnDemand]
-) -> list[Pending[Made]]:
+def _submit_verdicts(run: Run, model: Path, taken: Taken, annotator: Model, lend: Lend) -> list[Pending[Made]]:
     """Start the verdicts on one model's answers to one benchmark, a part for each part of the answers."""
     name, suite, config = taken.suite.name, taken.suite, run.config.evaluation.suites
     assert suite.judge is not None
@@ -309,80 +350,3 @@ def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[
         finish(run, model, submit(run, model, lend, judging_only=judging_only))
     judge_suites(run)
     return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
-
-
-def head_to_head(run: Run, judge: Model, lend: Callable[[Model], OnDemand]) -> None:
-    """Let the frozen judge compare the models' answers to the evaluation prompts, in both orders."""
-    folder = run.campaign.folder / "evaluation" / "head_to_head"
-    tallies = {
-        name: evaluation.tally(rows, lengths)
-        for name, (rows, lengths) in _all_matches(run, judge, lend, folder).items()
-    }
-    if tallies:
-        store.write_json(folder / "results.json", {**_who_judged(run, judge), "comparisons": tallies})
-        run.tell("evaluation", model="head_to_head", results=tallies)
-
-
-def other_judges(run: Run) -> None:
-    """Let the further judges compare the same answers, one after another, and say how far they agree with the first."""
-    folder = run.campaign.folder / "evaluation" / "head_to_head"
-    found = store.read_json(folder / "results.json")
-    told: list[dict[str, Any]] = []
-    for number, name in enumerate(run.config.evaluation.more_judges if found else ()):
-        judge = run.role(name, run.base)
-        with run.phase(f"head to head by {judge.name}"), run.engines() as lend:
-            matches = _all_matches(run, judge, lend, folder / f"judge_{number + 2}")
-        comparisons = {
-            pair: evaluation.tally(rows, lengths)
-            | {"agreement": evaluation.agreement(_results_of_the_first(folder, pair), evaluation.results(rows))}
-            for pair, (rows, lengths) in matches.items()
-        }
-        told.append({**_who_judged(run, judge), "comparisons": comparisons})
-    if found:
-        store.write_json(folder / "results.json", {**found, "other_judges": told})
-
-
-def _results_of_the_first(folder: Path, pair: str) -> dict[tuple[str, str], float]:
-    return evaluation.results(store.read_part(part_path(folder / pair, 0)))
-
-
-def _who_judged(run: Run, judge: Model) -> dict[str, Any]:
-    """Name a judge and the models it compared; `plays_itself` are those that it is one of."""
-    answered = run.campaign.folder.glob("evaluation/*/responses")
-    digests = {path.parent.name: run.model(path.parent.name).digest for path in answered}
-    met = {name for pair in head_to_heads(run.config, set(digests)) for name in pair}
-    plays = sorted(name for name in met if digests[name] == judge.digest)
-    return {"judge": judge.name, "judge_digest": judge.digest, "plays_itself": plays, "digests": digests}
-
-
-def _all_matches(
-    run: Run, judge: Model, lend: Callable[[Model], OnDemand], folder: Path
-) -> dict[str, tuple[pa.Table, dict[str, int]]]:
-    """Play all comparisons under one judge: by name its verdicts, and the lengths of the answers by id."""
-    asked = evaluation_prompts(run.seed_data.evaluation)
-    answered = {
-        path.parent.parent.name: path for path in run.campaign.folder.glob("evaluation/*/responses/part-00000.parquet")
-    }
-    pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
-    for newer, older in head_to_heads(run.config, set(answered)):
-        a, b = store.read_part(answered[newer]), store.read_part(answered[older])
-        played = evaluation.matches(asked, a, b)
-        name = f"{newer}_vs_{older}"
-        compare = partial(evaluation.compare, played, judge_name=judge.name)
-        what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
-        work = partial(make_part, run, folder, name, judge, lend, compare, what)
-        lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}
-        pending[name] = run.executor.submit(Work("evaluation", name.replace("_", " "), work)), lengths
-    return {name: (store.read_part(work.result().path), lengths) for name, (work, lengths) in pending.items()}
-
-
-def head_to_heads(config: RunConfig, answered: set[str]) -> list[tuple[str, str]]:
-    """List the comparisons (newer, older) that the settings ask for, each once, among models that answered."""
-    policies = [f"M{t}" for t in range(1, config.iterations + 2)]
-    wanted: list[tuple[str, str]] = []
-    for opponent in config.evaluation.head_to_head:
-        if opponent == "chain":
-            wanted += zip(policies[1:], policies, strict=False)
-        else:
-            wanted += [(policy, opponent) for policy in policies if policy != opponent]
-    return [pair for pair in dict.fromkeys(wanted) if answered.issuperset(pair)]

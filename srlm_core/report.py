@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from srlm_core import evaluation, paper, report_words, settings, side_by_side, store, summary
+from srlm_core import evaluation, pages, paper, report_words, settings, side_by_side, store, summary
 from srlm_core.config import RunConfig
+from srlm_core.measures import OF_THE_ANSWERS, OF_THE_JUDGE, suite_measures
 from srlm_core.rates import Rate, rate
-from srlm_core.report_figures import Figure, all_figures
-from srlm_core.show import Story, sample, show, trained, visible
+from srlm_core.report_figures import all_figures
+from srlm_core.show import Story, sample, show, trained
 from srlm_core.spelling import spell
-from srlm_core.suites import SUITES
 from srlm_core.summary import Summary
 
 __all__ = ["show", "write_report"]
@@ -36,21 +34,12 @@ _TEXT_SHOWN = 20_000
 def write_report(campaign_folder: Path) -> Path:
     """Write report/index.html with its figures, report.md, and side_by_side.html; return the path of the page."""
     content = gather(campaign_folder)
-    content["figures"] = all_figures(**content["to_draw"])
     target = campaign_folder / "report"
-    for figure in content["figures"].values():
-        store.write_text(target / "figures" / f"{figure.name}.svg", figure.file)
-    for stale in (target / "figures").glob("*.svg"):
-        if stale.stem not in content["figures"]:
-            stale.unlink()
-    store.write_text(target / "report.md", _markdown().get_template("report_template.md.j2").render(content))
     told = side_by_side.stories(campaign_folder)
     if told["prompts"]:
-        page = _html().get_template("side_by_side_template.html.j2").render(name=campaign_folder.name, **told)
+        page = pages.html().get_template("side_by_side_template.html.j2").render(name=campaign_folder.name, **told)
         store.write_text(target / "side_by_side.html", page)
-    page = target / "index.html"
-    store.write_text(page, _html().get_template("report_template.html.j2").render(content))
-    return page
+    return pages.write(target, "report", content, all_figures(**content["to_draw"]))
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -75,10 +64,10 @@ def gather(folder: Path) -> dict[str, Any]:
         "cell": summary.cell,
         "spell": spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
-        "judges": _by_model(found, _OF_THE_JUDGE),
-        "suites": _by_model(found, _suite_measures(found)),
+        "judges": _by_model(found, OF_THE_JUDGE),
+        "suites": _by_model(found, suite_measures(found)),
         "annotators": _annotators(folder, found),
-        "answered": _by_model(found, _OF_THE_ANSWERS),
+        "answered": _by_model(found, OF_THE_ANSWERS),
         "matches": _match_rows(matches, by_length),
         "judge": judge,
         "plays_itself": summary.plays_itself(folder),
@@ -130,66 +119,6 @@ def _wins_by_length(
     return {
         "longer": evaluation.tally(longer)["win_or_half_tie"],
         "not_longer": evaluation.tally(rest)["win_or_half_tie"],
-    }
-
-
-_OF_THE_JUDGE = {
-    "pairwise accuracy": "judge_pairwise_accuracy",
-    "… ties as halves": "judge_pairwise_accuracy_tie_half",
-    "… without ties": "judge_pairwise_accuracy_no_ties",
-    "… at nearly equal length": "judge_pairwise_accuracy_near_length",
-    "… of always the longer": "longer_accuracy",
-    "takes the longer of equals": "judge_longer_preferred_at_equal_rank",
-    "of two, takes the first": "judge_first_preferred",
-    "of two, takes the better": "judge_better_preferred",
-    "ties": "judge_tie_rate",
-    "exact order": "judge_exact_match",
-    "5 given to a best": "judge_five_best",
-    "Spearman": "judge_spearman",
-    "Kendall": "judge_kendall",
-    "readable": "readable_rate",
-    "readable as text": "text_readable_rate",
-    "mean score": "score_mean",
-    "two passes say the same": "pass_agreement",
-}
-_OF_THE_ANSWERS = {
-    "cut at max_tokens": "response_truncated_rate",
-    "repeated 4-grams": "response_repetition",
-    "distinct words": "response_distinct_1",
-    "distinct pairs of words": "response_distinct_2",
-    "refusals": "response_refused_rate",
-    "… of harmful requests": "refused_harmful",
-    "… of harmless ones that sound so": "refused_harmless",
-}
-"""Line of a table to the measure that it shows."""
-_OF_THE_SUITES = {
-    "alpaca_eval_win_rate": "AlpacaEval 2, win rate",
-    "alpaca_eval_length_controlled": "… at equal length",
-    "alpaca_eval_chars": "… characters of an answer",
-    "alpaca_eval_readable_rate": "… readable verdicts",
-    "arena_hard_win_rate": "Arena-Hard, win rate",
-    "arena_hard_flip_rate": "… verdict changes with the order",
-    "arena_hard_readable_rate": "… readable verdicts",
-    "ifeval_prompt_level_strict_acc": "IFEval, prompts, strict",
-    "ifeval_inst_level_strict_acc": "… instructions, strict",
-    "ifeval_prompt_level_loose_acc": "… prompts, loose",
-    "ifeval_inst_level_loose_acc": "… instructions, loose",
-    "mt_bench_score": "MT-Bench, 1 to 10",
-    "mt_bench_turn_1": "… first turns",
-    "mt_bench_turn_2": "… second turns",
-    "mt_bench_readable_rate": "… readable grades",
-}
-"""Measure of a published benchmark to its line; others, such as MT-Bench's categories, follow by their own names."""
-
-
-def _suite_measures(found: Summary) -> dict[str, str]:
-    """Name the lines of the published benchmarks: (line: measure)."""
-    keys = {name.removeprefix("evaluation/") for of in found.of_model.values() for name in of}
-    prefixes = tuple(f"{suite}_" for suite in (*SUITES, "capability"))
-    there = [key for key in sorted(keys) if key.startswith(prefixes) and not key.endswith(("_stderr", "_n"))]
-    lines = {_OF_THE_SUITES[key]: key for key in _OF_THE_SUITES if key in there}
-    return lines | {
-        key.removeprefix("capability_").replace("_", " "): key for key in there if key not in _OF_THE_SUITES
     }
 
 
@@ -472,59 +401,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else [(f"{prefix}{key}", _written(inner))]
         )
     return result
-
-
-# --- the two forms --------------------------------------------------------------------------------------------------
-
-
-def _html() -> Environment:
-    """Escapes everything; nothing in the page is marked safe but our own figures."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters["figure"] = _inline
-    environment.filters["unbroken"] = lambda text: text.replace(" ± ", "\xa0±\xa0").replace("(n = ", "(n\xa0=\xa0")
-    return environment
-
-
-def _inline(figure: Figure) -> Markup:
-    return Markup(figure.inline)  # drawn by matplotlib, which escapes the labels
-
-
-class _Safe(str):
-    """Markdown that is already safe to write."""
-
-
-def _markdown() -> Environment:
-    """Escapes every value for Markdown; model texts go through `fence`, which nothing inside can close."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, _Safe) else summary.escape_markdown(visible(str(value))),
-    )
-    environment.filters["fence"] = fence
-    environment.filters["prose"] = _prose
-    environment.filters["done"] = _Safe  # what a macro made was escaped inside it
-    return environment
-
-
-def _prose(text: str) -> str:
-    """Our own sentences: only what would be markup in the middle of a line is escaped, so that they stay readable."""
-    return _Safe(re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", visible(text)))
-
-
-def fence(text: str) -> str:
-    """Put a text between fences longer than any run of backticks in it."""
-    text = visible(text)
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    bars = "`" * max(3, longest + 1)
-    return _Safe(f"{bars}text\n{text.rstrip()}\n{bars}")

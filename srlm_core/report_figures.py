@@ -6,6 +6,7 @@ read well; in the files beside it, plain colours on white.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
-from srlm_core.summary import Summary
+from srlm_core.summary import Mean, Summary, spearman
 
 INK, FAINT, GRID, PAGE, MAIN, SECOND, GOOD, EVEN, BAD = (f"#{0x010101 * n:06x}" for n in range(1, 10))
 _COLOURS = {
@@ -115,6 +117,7 @@ def all_figures(
     drawn = (
         judge_accuracy(found),
         score_histogram(found),
+        length_and_score(found),
         response_length(tokens),
         training_curves(curves),
         head_to_head(matches),
@@ -125,6 +128,14 @@ def all_figures(
 
 def _single(canvas: Any) -> Axes:
     return canvas.subplots()
+
+
+def _panels(canvas: Any, n: int, wide: int, *, alike: bool = True) -> list[Axes]:
+    """Lay out n panels in rows of `wide`, with the same scales where they show the same."""
+    grid = canvas.subplots(-(-n // wide), wide, sharex=alike, sharey=alike, squeeze=False)
+    for unused in grid.flat[n:]:
+        unused.set_visible(False)
+    return list(grid.flat[:n])
 
 
 def judge_accuracy(found: Summary) -> Figure | None:
@@ -171,22 +182,84 @@ def score_histogram(found: Summary) -> Figure | None:
     high = -(-len(shown) // wide)
 
     def paint(canvas: Any) -> None:
-        grid = canvas.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(shown):
-                axes.set_visible(False)
-                continue
-            t, histogram = shown[place]
+        panels = _panels(canvas, len(shown), wide)
+        for (t, histogram), axes in zip(shown, panels, strict=True):
             total = sum(histogram.values())
             points = range(6)
             axes.bar(points, [histogram.get(point, 0) / total for point in points], color=MAIN, width=0.72)
             axes.set_title(f"iteration {t}, M{t} judges (n = {total})")
             axes.set_xticks(points)
             axes.grid(axis="y")
-        grid[0][0].set_ylabel("share of verdicts")
+        panels[0].set_ylabel("share of verdicts")
 
     note = "Verdicts in rubric points, rounded; unreadable ones are not in it."
     return draw("score_histogram", "Scores that the judge gave", note, paint, size=(7.2, 0.7 + 1.7 * high))
+
+
+def length_and_score(found: Summary) -> Figure | None:
+    """Score against length of the responses, one panel per iteration; its size does not depend on their number."""
+    shown = [(t, counts.score_and_length) for t, counts in found.iterations.items() if counts.score_and_length]
+    if not shown:
+        return None
+    wide = min(len(shown), 3)
+    high = -(-len(shown) // wide)
+    longest = max(length for _, cells in shown for _, length in cells)
+
+    def paint(canvas: Any) -> None:
+        panels = _panels(canvas, len(shown), wide)
+        for (t, cells), axes in zip(shown, panels, strict=True):
+            _paint_cells(axes, cells, longest)
+            pull = spearman(cells)
+            axes.set_title(f"iteration {t}" + ("" if pull is None else f", Spearman {pull:.2f}"))
+            axes.grid(axis="y")
+            axes.set_ylim(-0.3, 5.3)
+        for axes in panels[-wide:]:
+            axes.set_xlabel("tokens")
+        panels[0].set_ylabel("score")
+
+    note = (
+        "Responses of the loop: a disc for those near a length and score; the line is the mean score of each fifth "
+        "by length, ± one standard error. A judge that pays for length rises to the right."
+    )
+    return draw("length_and_score", "Length against score", note, paint, size=(7.2, 0.9 + 1.9 * high))
+
+
+def _paint_cells(axes: Axes, cells: Mapping[tuple[float, int], int], longest: int) -> None:
+    """Paint responses, counted by (score, tokens), as discs on a grid of 24 lengths by quarter points."""
+    step = longest / 24 or 1
+    discs: Counter[tuple[int, int]] = Counter()
+    for (score, length), count in cells.items():
+        discs[min(int(length / step), 23), round(score * 4)] += count
+    most = max(discs.values())
+    axes.scatter(
+        [(column + 0.5) * step for column, _ in discs], [row / 4 for _, row in discs],
+        s=[60 * count / most for count in discs.values()], color=EVEN, linewidths=0,
+    )  # fmt: skip
+    fifths = _fifths(cells)
+    axes.errorbar(
+        [length for length, _, _ in fifths], [score for _, score, _ in fifths], yerr=[error for _, _, error in fifths],
+        color=MAIN, marker="o", markersize=4, linewidth=1.4, capsize=2,
+    )  # fmt: skip
+
+
+def _fifths(cells: Mapping[tuple[float, int], int]) -> list[tuple[float, float, float]]:
+    """Cut responses into five by length, equal lengths together: mean length, mean score and its error of each."""
+    total, before = sum(cells.values()), 0
+    parts: dict[int, tuple[Mean, Mean]] = {}
+    by_length: dict[int, list[tuple[float, int]]] = {}
+    for (score, length), count in cells.items():
+        by_length.setdefault(length, []).append((score, count))
+    for length in sorted(by_length):
+        lengths, scores = parts.setdefault(before * 5 // total, (Mean(), Mean()))
+        for score, count in by_length[length]:
+            before += count
+            for _ in range(count):
+                lengths.add(length)
+                scores.add(score)
+    return [
+        (lengths.value or 0.0, scores.value or 0.0, scores.stderr or 0.0)
+        for lengths, scores in parts.values()
+    ]  # fmt: skip
 
 
 def response_length(tokens: Mapping[str, Sequence[int]]) -> Figure | None:
@@ -234,12 +307,8 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
     high = -(-len(panels) // 2)
 
     def paint(canvas: Any) -> None:
-        grid = canvas.subplots(high, 2, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(panels):
-                axes.set_visible(False)
-                continue
-            group, column, title, level = panels[place]
+        drawn = _panels(canvas, len(panels), 2, alike=False)
+        for (group, column, title, level), axes in zip(panels, drawn, strict=True):
             for (model, rows), colour in zip(group.items(), _SERIES * 4, strict=False):
                 points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
                 few = {"marker": "o", "markersize": 3} if len(points) < 12 else {}
@@ -250,10 +319,10 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
                 axes.axhline(level, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             axes.set_title(title)
             axes.grid(axis="y")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
             axes.legend(loc="best")
-            if place >= len(panels) - 2:
-                axes.set_xlabel("optimizer step")
+        for axes in drawn[-2:]:
+            axes.set_xlabel("optimizer step")
 
     note = "One point per logged step; a single step of one batch is noisy."
     return draw("training", "Training", note, paint, size=(7.2, 0.3 + 2.1 * high))
@@ -287,6 +356,11 @@ def head_to_head(matches: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figure
                         zorder=4,
                     )
                 left += share
+            points = tally["win_or_half_tie"]
+            axes.errorbar(
+                points["value"], place, xerr=1.96 * (points["stderr"] or 0), fmt="D", color=INK, markersize=4,
+                capsize=3, elinewidth=1.3, zorder=5,
+            )  # fmt: skip
         axes.set_yticks(range(len(shown)), labels)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
@@ -296,7 +370,10 @@ def head_to_head(matches: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figure
         axes.spines[:].set_visible(False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1)
 
-    note = "Both orders are judged; where the verdict changes with the order it is a tie."
+    note = (
+        "Both orders are judged; where the verdict changes with the order it is a tie. "
+        "Diamond: wins and half of the ties, with its 95 % interval."
+    )
     return draw("head_to_head", "Head to head", note, paint, size=(7.2, 0.5 + 0.34 * len(shown)))
 
 
@@ -320,3 +397,36 @@ def minutes(timings: Mapping[str, float]) -> Figure | None:
 
     note = "Wall time, summed over attempts. * Engine starts happen inside the phases."
     return draw("minutes", "Where the time went", note, paint, size=(7.2, 0.8 + 0.26 * len(timings)))
+
+
+def by_campaign(
+    name: str, title: str, unit: str, metric: str, campaigns: Mapping[str, Summary], *, level: float | None
+) -> Figure | None:
+    """Draw one measure by model, a colour for each campaign; `level` is the line of no effect."""
+    known = {
+        campaign: {model: of for model, of in found.of_model.items() if metric in of}
+        for campaign, found in campaigns.items()
+    }
+    models = list(dict.fromkeys(model for of in known.values() for model in of))
+    if not models:
+        return None
+
+    def paint(canvas: Any) -> None:
+        axes = _single(canvas)
+        for number, (campaign, of) in enumerate(known.items()):
+            shift = (number - (len(known) - 1) / 2) * min(0.16, 0.6 / len(known))
+            axes.errorbar(
+                [models.index(model) + shift for model in of],
+                [metrics[metric] for metrics in of.values()],
+                yerr=[metrics.get(f"{metric}_stderr", 0.0) for metrics in of.values()],
+                fmt="o", color=_SERIES[number % len(_SERIES)], markersize=5, capsize=3, elinewidth=1.3, label=campaign,
+            )  # fmt: skip
+        if level is not None:
+            axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_xticks(range(len(models)), models)
+        axes.set_xlim(-0.5, len(models) - 0.5)
+        axes.set_ylabel(unit)
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+
+    return draw(name, title, f"{title}: {unit}, ± one standard error where it has one.", paint)

@@ -227,6 +227,10 @@ def warnings(found: Summary, matches: Matches) -> list[str]:
         tally = matches.get((after, before))
         if tally and tally["win"]["n"] and tally["lose"]["value"] > tally["win"]["value"]:
             signs.append(f"{after} loses to {before} more often than it wins.")
+    for model in loop:
+        own = measured(found.of_model[model], "evaluation/self_preference")
+        if own and own.beside(0) > 0:
+            signs.append(f"{model} places its own answers higher among people's than the frozen judge does, by {own}.")
     return signs + _divergence(found)
 
 

@@ -41,7 +41,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "training": ("training.dpo",),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",
-        "evaluation.order_groups", "evaluation.attacks", "evaluation.refusals", "evaluation.sampling",
+        "evaluation.order_groups", "evaluation.own_groups", "evaluation.attacks", "evaluation.refusals",
+        "evaluation.sampling",
         "evaluation.judge", "evaluation.more_judges", "evaluation.head_to_head", "evaluation.bootstrap_samples",
         "evaluation.suites.questions", "evaluation.suites.capability", "evaluation.suites.capability_shots",
         "evaluation.suites.capability_tasks",

@@ -22,7 +22,7 @@ def stories(folder: Path) -> dict[str, Any]:
     told = [
         {
             "prompt": prompt,
-            "answers": [_shown(of.get(prompt_id)) for of in answered.values()],
+            "answers": [shown(of.get(prompt_id)) for of in answered.values()],
             "matches": [
                 f"{newer} {_RESULTS[results[pair]]} against {older}"
                 for (newer, older), results in outcomes.items()
@@ -52,7 +52,8 @@ def answers(folder: Path, model: str) -> dict[str, dict[str, Any]]:
     return {row["prompt_id"]: row for part in parts for row in part.to_pylist()}
 
 
-def _shown(row: Mapping[str, Any] | None) -> dict[str, str] | None:
+def shown(row: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Lay an answer out for a page: its text and facts; None where there is none."""
     if row is None:
         return None
     facts = [f"{row['n_tokens']} tokens", f"{len(row['response'])} characters"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from srlm_core import loop, recipes
+from srlm_core import loop, recipes, store
 from srlm_core.backend import make_backend
 from srlm_core.executor import PlainExecutor
 from srlm_core.run import Run
@@ -32,6 +32,7 @@ def scripted(tmp_path: Path) -> Callable[..., Path]:
         config = recipes.load("smoke", overrides=[*TINY, *overrides])
         with Campaign(tmp_path, name) as campaign, PlainExecutor() as executor:
             campaign.logs.mkdir(exist_ok=True)
+            store.write_json(campaign.folder / "config.json", config.model_dump(mode="json"))
             backend = make_backend(config, cache=tmp_path / ".cache", logs=campaign.logs)
             loop.self_reward(Run(config, campaign, executor, backend, observers))
         return campaign.folder

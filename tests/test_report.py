@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from srlm_core import report, report_words, show, store, summary
+from srlm_core import pages, report, report_words, show, store, summary
 from srlm_core.errors import DataError
 
 HOSTILE = {
@@ -93,7 +93,7 @@ def test_figures_are_also_files_and_old_ones_go(tmp_path):
     written(folder)
     figures = folder / "report" / "figures"
     names = {path.stem for path in figures.glob("*.svg")}
-    assert names == {"judge_accuracy", "score_histogram", "training", "head_to_head", "minutes"}
+    assert names == {"judge_accuracy", "score_histogram", "length_and_score", "training", "head_to_head", "minutes"}
     assert all("var(--" not in path.read_text() and "#0" not in path.read_text() for path in figures.glob("*.svg"))
     (folder / "timings.json").unlink()
     written(folder)
@@ -148,7 +148,7 @@ def test_what_models_wrote_stays_text_in_markdown(tmp_path):
 
 @given(st.text())
 def test_nothing_breaks_out_of_a_fence(text):
-    tokens = MarkdownIt("commonmark").parse(f"before\n\n{report.fence(text)}\n\nafter")
+    tokens = MarkdownIt("commonmark").parse(f"before\n\n{pages.fence(text)}\n\nafter")
     assert [token.type for token in tokens if token.type != "inline"] == [
         "paragraph_open", "paragraph_close", "fence", "paragraph_open", "paragraph_close",
     ]  # fmt: skip
@@ -173,7 +173,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
 
     first = bytes_of(folder)
     assert first == bytes_of(folder) == bytes_of(tmp_path / "b" / folder.name)
-    assert len(first) == 7
+    assert len(first) == 8
 
 
 @pytest.mark.parametrize(
@@ -291,9 +291,15 @@ def test_warning_signs_are_named(tmp_path):
     results = store.read_json(folder / "evaluation" / "M2" / "results.json")
     results["responses"]["tokens_mean"] = 160.0
     results["judge"]["pairwise_accuracy_tie_half"] = made_up.rate(0.3, 0.04, 240)
+    results["own_answers"] = {"place": made_up.rate(0.8, 0.03, 40), "self_preference": made_up.rate(0.2, 0.05, 40)}
     store.write_json(folder / "evaluation" / "M2" / "results.json", results)
     signs = report.gather(folder)["warnings"]
     assert "M2 answers at 1.6 times the length of M1." in signs
+    higher = "M2 places its own answers higher among people's than the frozen judge does, by 0.20 ± 0.05 (n = 40)."
+    assert higher in signs
+    results["own_answers"]["self_preference"] = made_up.rate(0.05, 0.05, 40)
+    store.write_json(folder / "evaluation" / "M2" / "results.json", results)
+    assert higher[:40] not in "".join(report.gather(folder)["warnings"])
 
 
 # --- show -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The commands that look at what a campaign left, as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,8 +41,9 @@ def test_report_and_compare_print_the_table_of_models(campaign: Path) -> None:
     assert [row["model"] for row in printed["models"]] == ["M0", "sft_baseline", "M1", "M2"]
     run(campaign.parent, "wider", "pairs.min_margin=1")
     assert "judge accuracy" in srlm("compare", "c", "wider", "--root", campaign.parent)
-    rows = json.loads(srlm("compare", "c", "wider", "--root", campaign.parent, "--json"))
-    assert [row["campaign"] for row in rows] == ["c"] * 4 + ["wider"] * 4
+    told = json.loads(srlm("compare", "c", "wider", "--root", campaign.parent, "--json"))
+    assert [row["campaign"] for row in told["models"]] == ["c"] * 4 + ["wider"] * 4
+    assert Path(told["page"]).read_text().startswith("<!doctype html>")
 
 
 def test_show_tells_one_prompts_way(campaign: Path) -> None:
@@ -79,6 +81,17 @@ def test_evaluate_measures_how_a_model_judges_a_file_of_rankings(campaign: Path,
     assert found["judge"]["longer_accuracy"]["value"] == 1
     assert "responses" not in found
     assert json.loads(srlm(*asked)) == found
+
+
+def test_models_named_alike_are_evaluated_into_folders_of_their_own(campaign: Path, tmp_path: Path) -> None:
+    shutil.copytree(campaign / "models" / "M1", tmp_path / "other" / "M2")
+    sets = ("--size", "smoke", "--root", tmp_path, "--set", "evaluation.heldout_groups=2")
+    where = [
+        srlm("evaluate", folder, *sets).splitlines()[-1].removeprefix("kept in ")
+        for folder in (campaign / "models" / "M2", tmp_path / "other" / "M2")
+    ]
+    kept = [json.loads((Path(folder) / "evaluation/M2/results.json").read_text())["digest"] for folder in where]
+    assert len(set(where)) == len(set(kept)) == 2
 
 
 def test_data_shows_what_a_file_holds_and_what_was_set_aside(tmp_path: Path) -> None:
