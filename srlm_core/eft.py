@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from srlm_core import data
 from srlm_core.config import JudgmentsConfig, SeedDataConfig
 from srlm_core.contamination import words
+from srlm_core.schemas import SCORE_LINE
 from srlm_core.store import digest
 
 BEST = 5
 """Points of the best response of a group, the most that the rubric gives; the worst has none."""
 CAP = 2
 """A score may occur this many times as often as the median one."""
-SCORE_LINE = "Score: "
 
 Group = dict[str, Any]
 

@@ -19,6 +19,7 @@ from srlm_core import schemas
 from srlm_core.config import JudgmentsConfig
 from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
 from srlm_core.errors import ConfigError
+from srlm_core.schemas import SCORE_LINE
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
@@ -222,7 +223,7 @@ def _read_guided(requests: Sequence[Request], engine: Engine, config: JudgmentsC
             yield target_id, made
             continue
         point = random.Random(made.seed).choices(POINTS, _tempered(weights, config.sampling.temperature))[0]
-        text = f"{made.text}Score: {point}"
+        text = f"{made.text}{SCORE_LINE}{point}"
         yield target_id, made._replace(text=text, verdict=Verdict(float(point), None))
 
 
@@ -234,7 +235,7 @@ def _read_expected(requests: Sequence[Request], engine: Engine, config: Judgment
             continue
         value = sum(weight * float(point) for weight, point in zip(weights, POINTS, strict=True))
         spelled = " ".join(f"{point}:{weight:.3f}" for weight, point in zip(weights, POINTS, strict=True))
-        yield target_id, made._replace(text=f"{made.text}Score: {spelled}", verdict=Verdict(value, None))
+        yield target_id, made._replace(text=f"{made.text}{SCORE_LINE}{spelled}", verdict=Verdict(value, None))
 
 
 def _scored(
@@ -251,7 +252,7 @@ def _scored(
         else:
             drafts[draft.request_id, draft.index] = draft
     scoring = [
-        Request(f"{target_id}/{index}", messages=by_id[target_id].messages, prefix=f"{draft.text}Score: ")
+        Request(f"{target_id}/{index}", messages=by_id[target_id].messages, prefix=f"{draft.text}{SCORE_LINE}")
         for (target_id, index), draft in drafts.items()
     ]
     for scores in engine.token_scores(scoring, POINTS):

@@ -35,6 +35,23 @@ OF_THE_ANSWERS = {
     "… of harmless ones that sound so": "refused_harmless",
 }
 """Line of a table to the measure that it shows."""
+OF_THE_ITERATION = {
+    "prompts kept": "prompts/kept",
+    "… of those that were asked for": "prompts/yield",
+    "tokens of a response": "responses/length_tokens_mean",
+    "… cut at max_tokens": "responses/truncated_rate",
+    "judgments that could be read": "judgments/readable_rate",
+    "mean score": "judgments/score_mean",
+    "… entropy of the scores, bits": "judgments/score_entropy",
+    "… spread over passes": "judgments/spread_over_passes",
+    "… rank correlation with length": "judgments/score_length_correlation",
+    "prompts tied": "judgments/tie_rate",
+    "pairs": "pairs/n",
+    "… prompts that gave one": "pairs/yield",
+    "… score between chosen and rejected": "pairs/margin_mean",
+    "… tokens of the chosen": "pairs/chosen_length_tokens_mean",
+    "… tokens of the rejected": "pairs/rejected_length_tokens_mean",
+}
 OF_THE_SUITES = {
     "alpaca_eval_win_rate": "AlpacaEval 2, win rate",
     "alpaca_eval_length_controlled": "… at equal length",

@@ -4,6 +4,7 @@ Reads the folder and nothing else, so it can be written for a campaign that is h
 same files give the same bytes. What models wrote is untrusted text: escaped, fenced, and on a page without scripts.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from srlm_core import evaluation, pages, paper, report_words, settings, side_by_side, store, summary
 from srlm_core.config import RunConfig
-from srlm_core.measures import OF_THE_ANSWERS, OF_THE_JUDGE, suite_measures
+from srlm_core.measures import OF_THE_ANSWERS, OF_THE_ITERATION, OF_THE_JUDGE, suite_measures
 from srlm_core.rates import Rate, rate
 from srlm_core.report_figures import all_figures
 from srlm_core.show import Story, sample, show, trained
@@ -64,6 +65,7 @@ def gather(folder: Path) -> dict[str, Any]:
         "cell": summary.cell,
         "spell": spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
+        "made": _by_iteration(found),
         "judges": _by_model(found, OF_THE_JUDGE),
         "suites": _by_model(found, suite_measures(found)),
         "annotators": _annotators(folder, found),
@@ -145,6 +147,33 @@ def _by_model(found: Summary, names: Mapping[str, str]) -> list[dict[str, str]]:
         for label, name in names.items()
         if any(f"evaluation/{name}" in of for of in found.of_model.values())
     ]
+
+
+def _by_iteration(found: Summary) -> list[dict[str, Any]]:
+    """Spell what each iteration made, a line each, and what changed from the first to the last."""
+    made = list(found.of_iteration.values())
+    return [
+        {
+            "measure": label,
+            "cells": [spell(of.get(name), of.get(f"{name}_stderr"), form=_form(name)) for of in made],
+            "change": _change(made[0], made[-1], name) if len(made) > 1 else "",
+        }
+        for label, name in OF_THE_ITERATION.items()
+        if any(name in of for of in made)
+    ]
+
+
+def _form(name: str) -> str:
+    """Numbers of things are whole, shares and scores have two digits."""
+    return ".0f" if "tokens" in name or name in ("pairs/n", "prompts/kept") else ".2f"
+
+
+def _change(first: Mapping[str, float], last: Mapping[str, float], name: str) -> str:
+    if name not in first or name not in last:
+        return "–"
+    a, b = (of.get(f"{name}_stderr") for of in (first, last))
+    error = None if a is None or b is None else math.hypot(a, b)
+    return spell(last[name] - first[name], error, form=f"+{_form(name)}")
 
 
 def _published(name: str) -> str:

@@ -343,15 +343,14 @@ def head_to_head(matches: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figure
             for key, colour in (("win", GOOD), ("tie", EVEN), ("lose", BAD)):
                 share = tally[key]["value"]
                 axes.barh(place, share, left=left, color=colour, height=0.6, label=key if place == 0 else None)
-                if share >= 0.08:
-                    ink = INK if key == "tie" else PAGE
+                if share >= 0.08 and key != "tie":  # there the diamond is
                     axes.text(
                         left + share / 2,
                         place,
                         f"{share:.0%}",
                         ha="center",
                         va="center",
-                        color=ink,
+                        color=PAGE,
                         fontsize=8,
                         zorder=4,
                     )

@@ -5,6 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
+SCORE_LINE = "Score: "
+"""How the line begins that ends a judgment, and holds its score."""
+
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)]))
 
 

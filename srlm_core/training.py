@@ -47,7 +47,7 @@ def eft_examples(
     """
 
     def target(response: Mapping[str, Any]) -> str:
-        return response["judgment"] if form == "justified" else f"Score: {response['score']}"
+        return response["judgment"] if form == "justified" else f"{schemas.SCORE_LINE}{response['score']}"
 
     return schemas.table(
         (

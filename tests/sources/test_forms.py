@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from srlm_core import sources
 from srlm_core.sources.forms import Reply, distinct, n_ordered_pairs, ranked, read_row
 
+LLMBAR = Path(__file__).parents[3] / "shared" / "data" / "llmbar" / "natural.json"
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
 
@@ -173,3 +175,13 @@ def test_prompts_stand_once_in_the_order_of_the_file(tmp_path):
         {"prompt": "b", "kind": "first"},
         {"prompt": "a", "turns": ["a", "again"]},
     ]
+
+
+@pytest.mark.skipif(not LLMBAR.exists(), reason="the published file is not beside this checkout")
+def test_llmbars_labelled_pairs_are_read_whole():
+    found = sources.read(str(LLMBAR))
+    rows = json.loads(LLMBAR.read_text())
+    assert (found.n_rows, len(found.groups), found.set_aside) == (len(rows), len(rows), [])
+    for row, group in zip(rows, found.groups, strict=True):
+        best = next(response["text"] for response in group["responses"] if response["rank"] == 0)
+        assert best == row[f"output_{row['label']}"]
