@@ -119,14 +119,21 @@ def plan(
 
 
 @app.command()
-def report(campaign: str, root: Root = RUNS, as_json: AsJson = False) -> None:
+def report(
+    campaign: str,
+    root: Root = RUNS,
+    publish: Annotated[
+        Path | None, typer.Option(help="Write it here instead: numbers and figures, no text of prompts or responses.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Write a campaign's report again, and say where it is."""
     from flows.looking import folder_of
-    from srlm_core import summary
+    from srlm_core import publishing, summary
     from srlm_core.report import write_report
 
     folder = folder_of(root, campaign)
-    page = write_report(folder)
+    page = publishing.publish(folder, publish) if publish else write_report(folder)
     rows = summary.table(folder)
     typer.echo(
         json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}"

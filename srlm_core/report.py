@@ -43,9 +43,14 @@ def write_report(campaign_folder: Path) -> Path:
     return pages.write(target, "report", content, all_figures(**content["to_draw"]))
 
 
-def gather(folder: Path) -> dict[str, Any]:
-    """Collect everything that both templates show, and under `to_draw` what the figures are drawn from."""
+def gather(folder: Path, *, texts: bool = True) -> dict[str, Any]:
+    """Collect everything that both templates show, and under `to_draw` what the figures are drawn from.
+
+    Without `texts`, nothing of it is from a prompt, a response or a file, and no path of this machine is named.
+    """
     found = summary.collect(folder)
+    if found.config and not texts:
+        found = found._replace(config=settings.without_paths(found.config))
     judge, matches = summary.head_to_heads(folder)
     answers = {model: _answers(folder, model) for model in found.models}
     by_length = {pair: _wins_by_length(folder, *pair, answers) for pair in matches}
@@ -79,10 +84,11 @@ def gather(folder: Path) -> dict[str, Any]:
         "usage": _usage(usage, timings),
         "drops": _drops(folder, found),
         "attacks": _attacks(folder, found),
-        "side_by_side": (folder / "evaluation" / "prompts.parquet").exists(),
+        "texts": texts,
+        "side_by_side": texts and (folder / "evaluation" / "prompts.parquet").exists(),
         "taught": report_words.taught(store.read_json(folder / "bootstrap" / "eft.json")),
-        "set_aside": _set_aside(folder),
-        "samples": _samples(folder, found),
+        "set_aside": _set_aside(folder, shown=_SET_ASIDE_SHOWN if texts else 0),
+        "samples": _samples(folder, found, shown=SAMPLES if texts else 0),
         "changed": _changed(found.config),
         "provenance": _flat(store.read_json(folder / "provenance.json") or {}),
     }
@@ -340,13 +346,13 @@ def _shift(metrics: Mapping[str, float]) -> str:
     return spell(metrics.get(name), metrics.get(f"{name}_stderr"), int(metrics.get(f"{name}_n", 0)), "+.2f")
 
 
-def _set_aside(folder: Path) -> list[dict[str, Any]]:
+def _set_aside(folder: Path, shown: int) -> list[dict[str, Any]]:
     """Rows of the user's files that were not used."""
     files = sorted((folder / "bootstrap" / "set_aside").glob("*.json"))
     read = {path.stem: store.read_json(path) or [] for path in files}
     return [
         {
-            "file": name, "count": len(rows), "rows": rows[:_SET_ASIDE_SHOWN],
+            "file": name, "count": len(rows), "rows": rows[:shown],
             "reasons": Counter(row["reason"].split(":")[0] for row in rows).most_common(),
         }
         for name, rows in read.items()
@@ -354,9 +360,9 @@ def _set_aside(folder: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _samples(folder: Path, found: Summary) -> list[dict[str, Any]]:
+def _samples(folder: Path, found: Summary, shown: int) -> list[dict[str, Any]]:
     seed = found.config.seed if found.config else 0
-    drawn = {t: sample(folder, t, SAMPLES, seed) for t in found.iterations}
+    drawn = {t: sample(folder, t, shown, seed) for t in found.iterations}
     return [
         {"iteration": t, "of": counts.prompts, "stories": [_told(folder, story) for story in drawn[t]]}
         for t, counts in found.iterations.items()
