@@ -208,4 +208,4 @@ def test_two_campaigns_stand_side_by_side(shown: Path) -> None:
 
     shutil.copytree(shown, shown.parent / "again", ignore=shutil.ignore_patterns("*.lock"))
     rows = compare(["shown", "again"], str(shown.parent))
-    assert [row["campaign"] for row in rows].count("again") == len(rows) / 2 > 4
+    assert [row["campaign"] for row in rows].count("again") == len(rows) / 2 == 4
