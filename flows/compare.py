@@ -13,7 +13,7 @@ from srlm_core import summary
 
 @flow(name="compare")
 def compare(
-    campaigns: Annotated[list[str], Field(description="Names of campaigns under the root.", min_length=1)],
+    campaigns: Annotated[list[str], Field(description="Names of campaigns under the root.", min_length=2)],
     root: Annotated[str, Field(description="Folder of all campaigns.")] = "runs",
 ) -> list[dict[str, Any]]:
     """Put the models of several campaigns into one table and one page, each number with its error and its n."""

@@ -29,11 +29,13 @@ def folder_of(root: Path, campaign: str) -> Path:
 
 
 def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]], Path]:
-    """Compare campaigns: a row per model of each, and the page that was written. Raises StoreError where one is not."""
+    """Compare campaigns: a row per model of each, and the page that was written. Raises StoreError where one lacks."""
     from srlm_core import summary
     from srlm_core.comparison import names, write_comparison
 
     folders = [folder_of(root, name) for name in dict.fromkeys(campaigns)]
+    if len(folders) < 2:
+        raise StoreError(f"expected two campaigns or more to compare, got {', '.join(campaigns)}. Name another one.")
     page = write_comparison(folders, root / "comparisons" / "_against_".join(folder.name for folder in folders))
     rows = [
         {"campaign": name, **row}

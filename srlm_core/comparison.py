@@ -11,20 +11,13 @@ from typing import Any
 import pyarrow as pa
 
 from srlm_core import pages, report_figures, settings, side_by_side, store, summary
-from srlm_core.measures import OF_THE_ANSWERS, OF_THE_JUDGE, suite_measures
-from srlm_core.report_words import measured, policies
+from srlm_core.measures import OF_THE_ANSWERS, OF_THE_JUDGE, OF_THE_MATCHES, suite_measures
+from srlm_core.report_words import Measured, measured, policies
 from srlm_core.spelling import spell
 from srlm_core.summary import Summary
 
 Campaigns = Mapping[str, Summary]
 """By name; the first is the one that the others are held against."""
-
-OF_THE_MATCHES = {
-    "wins against sft_baseline": "win_rate_vs_sft_baseline",
-    "… at equal length": "length_controlled_win_rate_vs_sft_baseline",
-    "wins against M0": "win_rate_vs_M0",
-    "tokens of an answer": "response_length_tokens_mean",
-}
 
 
 def write_comparison(folders: Sequence[Path], target: Path) -> Path:
@@ -68,14 +61,18 @@ def headline(campaigns: Campaigns) -> list[str]:
         ):
             a, b = (measured(campaigns[name].of_model[last[name]], f"evaluation/{measure}") for name in (first, other))
             if a and b:
-                gap, error = b.value - a.value, math.hypot(a.stderr, b.stderr)
-                apart = abs(gap) > 2 * max(error, 1 / min(a.n, b.n))
-                verdict = "more than two standard errors" if apart else "which the errors do not tell from none"
+                gap = _gap(a, b)
+                verdict = "more than two standard errors" if gap.beside(0) else "which the errors do not tell from none"
                 said.append(
                     f"{text.format(f'{other} {last[other]}', b)}; {first} {last[first]}: {a}. "
-                    f"The difference is {spell(gap, error, form='+.2f')}, {verdict}."
+                    f"The difference is {spell(gap.value, gap.stderr, form='+.2f')}, {verdict}."
                 )
     return said or ["No measure is known of two of these campaigns' last models."]
+
+
+def _gap(a: Measured, b: Measured) -> Measured:
+    """How far b lies above a, with the error of both."""
+    return Measured(b.value - a.value, math.hypot(a.stderr, b.stderr), min(a.n, b.n))
 
 
 def caveats(folders: Sequence[Path], campaigns: Campaigns) -> list[str]:
@@ -96,7 +93,7 @@ def caveats(folders: Sequence[Path], campaigns: Campaigns) -> list[str]:
     return [
         *said,
         "Errors are reckoned as if each had been asked prompts of its own: where these are the same, the error of a "
-        "difference is smaller than stated.",
+        "difference is usually smaller than stated.",
         "One campaign each is one draw of the seed: what two seeds differ by is in no error here.",
     ]
 
@@ -134,24 +131,21 @@ def differences(campaigns: Campaigns) -> list[dict[str, Any]]:
 
 def _differences(a: Summary, b: Summary, model: str) -> list[dict[str, str]]:
     names = {**OF_THE_JUDGE, **OF_THE_MATCHES, **OF_THE_ANSWERS, **suite_measures(a)}
-    lines: list[dict[str, str]] = []
-    for label, name in names.items():
-        sides = [of.of_model[model] for of in (a, b)]
-        (x, x_error), (y, y_error) = (
-            [metrics.get(f"evaluation/{name}{end}") for end in ("", "_stderr")] for metrics in sides
-        )
-        if x is None or y is None:
-            continue
-        error = None if x_error is None or y_error is None else math.hypot(x_error, y_error)
-        gap = y - x
-        apart = error is not None and abs(gap) > 2 * error > 0
-        lines.append(
-            {
-                "measure": label, "first": spell(x, x_error), "other": spell(y, y_error),
-                "gap": spell(gap, error, form="+.2f"), "apart": "beyond two errors" if apart else "",
-            }
-        )  # fmt: skip
-    return lines
+    first, other = a.of_model[model], b.of_model[model]
+    shown = {f"evaluation/{name}": label for name, label in names.items()}
+    return [_difference(label, first, other, name) for name, label in shown.items() if name in first and name in other]
+
+
+def _difference(label: str, a: Mapping[str, float], b: Mapping[str, float], name: str) -> dict[str, str]:
+    first, other = measured(a, name), measured(b, name)
+    gap = _gap(first, other) if first and other else None
+    return {
+        "measure": label,
+        "first": spell(a[name], a.get(f"{name}_stderr")),
+        "other": spell(b[name], b.get(f"{name}_stderr")),
+        "gap": spell(b[name] - a[name], gap.stderr if gap else None, form="+.2f"),
+        "apart": "beyond two errors" if gap and gap.beside(0) else "",
+    }
 
 
 def other_settings(campaigns: Campaigns) -> list[tuple[str, list[str]]]:

@@ -1,56 +1,61 @@
-"""measures: the lines of the reports' tables, and the measure that each shows."""
+"""measures: what the reports' tables show: name of a measure to the words that stand before its line."""
 
 from srlm_core.suites import SUITES
 from srlm_core.summary import Summary
 
 OF_THE_JUDGE = {
-    "pairwise accuracy": "judge_pairwise_accuracy",
-    "… ties as halves": "judge_pairwise_accuracy_tie_half",
-    "… without ties": "judge_pairwise_accuracy_no_ties",
-    "… at nearly equal length": "judge_pairwise_accuracy_near_length",
-    "… of always the longer": "longer_accuracy",
-    "takes the longer of equals": "judge_longer_preferred_at_equal_rank",
-    "of two, takes the first": "judge_first_preferred",
-    "of two, takes the better": "judge_better_preferred",
-    "own answer's place among people's": "own_answer_place",
-    "… by the frozen judge": "own_answer_place_by_judge",
-    "… the difference: self-preference": "self_preference",
-    "ties": "judge_tie_rate",
-    "exact order": "judge_exact_match",
-    "5 given to a best": "judge_five_best",
-    "Spearman": "judge_spearman",
-    "Kendall": "judge_kendall",
-    "readable": "readable_rate",
-    "readable as text": "text_readable_rate",
-    "mean score": "score_mean",
-    "two passes say the same": "pass_agreement",
+    "judge_pairwise_accuracy": "pairwise accuracy",
+    "judge_pairwise_accuracy_tie_half": "… ties as halves",
+    "judge_pairwise_accuracy_no_ties": "… without ties",
+    "judge_pairwise_accuracy_near_length": "… at nearly equal length",
+    "longer_accuracy": "… of always the longer",
+    "judge_longer_preferred_at_equal_rank": "takes the longer of equals",
+    "judge_first_preferred": "of two, takes the first",
+    "judge_better_preferred": "of two, takes the better",
+    "own_answer_place": "own answer's place among people's",
+    "own_answer_place_by_judge": "… by the frozen judge",
+    "self_preference": "… the difference: self-preference",
+    "judge_tie_rate": "ties",
+    "judge_exact_match": "exact order",
+    "judge_five_best": "5 given to a best",
+    "judge_spearman": "Spearman",
+    "judge_kendall": "Kendall",
+    "readable_rate": "readable",
+    "text_readable_rate": "readable as text",
+    "score_mean": "mean score",
+    "pass_agreement": "two passes say the same",
 }
 OF_THE_ANSWERS = {
-    "cut at max_tokens": "response_truncated_rate",
-    "repeated 4-grams": "response_repetition",
-    "distinct words": "response_distinct_1",
-    "distinct pairs of words": "response_distinct_2",
-    "refusals": "response_refused_rate",
-    "… of harmful requests": "refused_harmful",
-    "… of harmless ones that sound so": "refused_harmless",
+    "response_length_tokens_mean": "tokens of an answer",
+    "response_truncated_rate": "cut at max_tokens",
+    "response_repetition": "repeated 4-grams",
+    "response_distinct_1": "distinct words",
+    "response_distinct_2": "distinct pairs of words",
+    "response_refused_rate": "refusals",
+    "refused_harmful": "… of harmful requests",
+    "refused_harmless": "… of harmless ones that sound so",
 }
-"""Line of a table to the measure that it shows."""
+OF_THE_MATCHES = {
+    "win_rate_vs_sft_baseline": "wins against sft_baseline",
+    "length_controlled_win_rate_vs_sft_baseline": "… at equal length",
+    "win_rate_vs_M0": "wins against M0",
+}
 OF_THE_ITERATION = {
-    "prompts kept": "prompts/kept",
-    "… of those that were asked for": "prompts/yield",
-    "tokens of a response": "responses/length_tokens_mean",
-    "… cut at max_tokens": "responses/truncated_rate",
-    "judgments that could be read": "judgments/readable_rate",
-    "mean score": "judgments/score_mean",
-    "… entropy of the scores, bits": "judgments/score_entropy",
-    "… spread over passes": "judgments/spread_over_passes",
-    "… rank correlation with length": "judgments/score_length_correlation",
-    "prompts tied": "judgments/tie_rate",
-    "pairs": "pairs/n",
-    "… prompts that gave one": "pairs/yield",
-    "… score between chosen and rejected": "pairs/margin_mean",
-    "… tokens of the chosen": "pairs/chosen_length_tokens_mean",
-    "… tokens of the rejected": "pairs/rejected_length_tokens_mean",
+    "prompts/kept": "prompts kept",
+    "prompts/yield": "… of those that were asked for",
+    "responses/length_tokens_mean": "tokens of a response",
+    "responses/truncated_rate": "… cut at max_tokens",
+    "judgments/readable_rate": "judgments that could be read",
+    "judgments/score_mean": "mean score",
+    "judgments/score_entropy": "… entropy of the scores, bits",
+    "judgments/spread_over_passes": "… spread over passes",
+    "judgments/score_length_correlation": "… rank correlation with length",
+    "judgments/tie_rate": "prompts tied",
+    "pairs/n": "pairs",
+    "pairs/yield": "… prompts that gave one",
+    "pairs/margin_mean": "… score between chosen and rejected",
+    "pairs/chosen_length_tokens_mean": "… tokens of the chosen",
+    "pairs/rejected_length_tokens_mean": "… tokens of the rejected",
 }
 OF_THE_SUITES = {
     "alpaca_eval_win_rate": "AlpacaEval 2, win rate",
@@ -73,9 +78,9 @@ OF_THE_SUITES = {
 
 
 def suite_measures(found: Summary) -> dict[str, str]:
-    """Name the lines of the published benchmarks: (line: measure)."""
+    """Name the lines of the published benchmarks that were taken."""
     keys = {name.removeprefix("evaluation/") for of in found.of_model.values() for name in of}
     prefixes = tuple(f"{suite}_" for suite in (*SUITES, "capability"))
     there = [key for key in sorted(keys) if key.startswith(prefixes) and not key.endswith(("_stderr", "_n"))]
-    lines = {OF_THE_SUITES[key]: key for key in OF_THE_SUITES if key in there}
-    return lines | {key.removeprefix("capability_").replace("_", " "): key for key in there if key not in OF_THE_SUITES}
+    known = {key: label for key, label in OF_THE_SUITES.items() if key in there}
+    return known | {key: key.removeprefix("capability_").replace("_", " ") for key in there if key not in known}

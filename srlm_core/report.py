@@ -46,11 +46,9 @@ def write_report(campaign_folder: Path) -> Path:
 def gather(folder: Path, *, texts: bool = True) -> dict[str, Any]:
     """Collect everything that both templates show, and under `to_draw` what the figures are drawn from.
 
-    Without `texts`, nothing of it is from a prompt, a response or a file, and no path of this machine is named.
+    Without `texts`, nothing of it is from a prompt, a response or a file.
     """
     found = summary.collect(folder)
-    if found.config and not texts:
-        found = found._replace(config=settings.without_paths(found.config))
     judge, matches = summary.head_to_heads(folder)
     answers = {model: _answers(folder, model) for model in found.models}
     by_length = {pair: _wins_by_length(folder, *pair, answers) for pair in matches}
@@ -148,25 +146,26 @@ def _by_model(found: Summary, names: Mapping[str, str]) -> list[dict[str, str]]:
         {
             "measure": label,
             **{model: _spelled(of, f"evaluation/{name}") for model, of in found.of_model.items() if of},
-            **({"paper": _published(name)} if any(name in paper.FIGURES for name in names.values()) else {}),
+            **({"paper": _published(name)} if any(name in paper.FIGURES for name in names) else {}),
         }
-        for label, name in names.items()
+        for name, label in names.items()
         if any(f"evaluation/{name}" in of for of in found.of_model.values())
     ]
 
 
-def _by_iteration(found: Summary) -> list[dict[str, Any]]:
-    """Spell what each iteration made, a line each, and what changed from the first to the last."""
+def _by_iteration(found: Summary) -> dict[str, Any]:
+    """Spell what each iteration made, a line for each measure, and what changed from the first to the last."""
     made = list(found.of_iteration.values())
-    return [
+    lines = [
         {
             "measure": label,
             "cells": [spell(of.get(name), of.get(f"{name}_stderr"), form=_form(name)) for of in made],
             "change": _change(made[0], made[-1], name) if len(made) > 1 else "",
         }
-        for label, name in OF_THE_ITERATION.items()
+        for name, label in OF_THE_ITERATION.items()
         if any(name in of for of in made)
     ]
+    return {"iterations": list(found.of_iteration), "lines": lines}
 
 
 def _form(name: str) -> str:

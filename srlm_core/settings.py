@@ -1,7 +1,6 @@
 """Which settings change what: every setting belongs to a stage's fingerprint or is declared neutral, by test."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from srlm_core.config import RunConfig
@@ -109,17 +108,3 @@ def made_again(names: Iterable[str]) -> str:
     if order[first] in ("base model", "bootstrap"):
         return "everything from M1 on"
     return f"{', '.join(order[first:-1])} of iteration 1, then M2 and everything after it"
-
-
-def without_paths(config: RunConfig) -> RunConfig:
-    """Replace what names a file or folder of this machine by its last part; names of the hub stay."""
-    return RunConfig.model_validate(_named(config.model_dump(mode="json")))
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _named(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_named(inner) for inner in value]
-    here = isinstance(value, str) and "/" in value and (Path(value).is_absolute() or Path(value).exists())
-    return Path(value).name if here else value

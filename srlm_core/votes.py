@@ -11,10 +11,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from srlm_core import evaluation, side_by_side, store, summary
+from srlm_core import evaluation, pages, side_by_side, store, summary
 from srlm_core.errors import DataError
 from srlm_core.rates import rate
 from srlm_core.store import digest, seed_for
@@ -38,10 +37,9 @@ def write_page(folder: Path, newer: str, older: str, count: int) -> Path:
     shown = ballots(folder, newer, older, count)
     name = digest("votes", folder.name, newer, older, length=8)
     data = {"campaign": folder.name, "page": name, "ballots": [ballot._asdict() for ballot in shown]}
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True)
     # inside a script element nothing is escaped but what could end it
     spelled = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    page = templates.get_template("votes_template.html.j2").render(data=Markup(spelled), count=len(shown))
+    page = pages.html().get_template("votes_template.html.j2").render(data=Markup(spelled), count=len(shown))
     path = folder / "report" / f"votes_{name}.html"
     store.write_text(path, page)
     return path

@@ -1,6 +1,7 @@
 """A campaign's numbers without its texts."""
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 
@@ -12,11 +13,13 @@ def everything(folder):
 
 
 def test_nothing_that_anybody_wrote_and_no_path_is_in_it(scripted, tmp_path):
-    file = tmp_path / "mine" / "rows.jsonl"
+    file, judge = tmp_path / "mine" / "rows.jsonl", tmp_path / "their" / "judge"
     file.parent.mkdir()
+    shutil.copytree(scripted("iterations=0", name="other") / "models" / "M1", judge)
     rows = [{"instruction": f"Name river number {n}.", "response": f"It is the Ouse, {n}."} for n in range(30)]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "Quarrelsome row"}]))
-    folder = scripted("iterations=1", f"seed_data.ift={json.dumps(str(file))}")
+    named = (f"seed_data.ift={json.dumps(str(file))}", f"evaluation.judge={json.dumps(str(judge))}")
+    folder = scripted("iterations=1", *named)
     page = publishing.publish(folder, tmp_path / "published")
     written = everything(tmp_path / "published")
     assert page in written
@@ -28,6 +31,7 @@ def test_nothing_that_anybody_wrote_and_no_path_is_in_it(scripted, tmp_path):
     for path, content in written.items():
         assert not [text for text in texts if text in content], path.name
     assert json.loads((tmp_path / "published/config.json").read_text())["seed_data"]["ift"] == "rows.jsonl"
+    assert "Judged by judge, frozen" in page.read_text()
     assert "This copy holds no text" in page.read_text()
 
 

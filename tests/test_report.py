@@ -304,10 +304,10 @@ def test_warning_signs_are_named(tmp_path):
 
 def test_what_an_iteration_made_is_told_with_what_changed(tmp_path):
     folder = made_up.campaign(tmp_path)
-    [kept, *_] = report.gather(folder)["made"]
+    [kept, *_] = report.gather(folder)["made"]["lines"]
     assert (kept["measure"], kept["cells"], kept["change"]) == ("prompts kept", ["3"], "")
     shutil.copytree(folder / "iter_01", folder / "iter_02")
-    lines = {line["measure"]: line for line in report.gather(folder)["made"]}
+    lines = {line["measure"]: line for line in report.gather(folder)["made"]["lines"]}
     assert lines["tokens of a response"]["cells"] == ["20", "20"]
     assert lines["judgments that could be read"]["change"] == "0.00 ± 0.12"  # sqrt(2) times 0.0878
     assert lines["pairs"]["change"] == "0"

@@ -41,6 +41,8 @@ def test_report_and_compare_print_the_table_of_models(campaign: Path) -> None:
     assert [row["model"] for row in printed["models"]] == ["M0", "sft_baseline", "M1", "M2"]
     run(campaign.parent, "wider", "pairs.min_margin=1")
     assert "judge accuracy" in srlm("compare", "c", "wider", "--root", campaign.parent)
+    alone = CliRunner().invoke(app, ["compare", "c", "c", "--root", str(campaign.parent)])
+    assert "expected two campaigns or more" in str(alone.exception)
     told = json.loads(srlm("compare", "c", "wider", "--root", campaign.parent, "--json"))
     assert [row["campaign"] for row in told["models"]] == ["c"] * 4 + ["wider"] * 4
     assert Path(told["page"]).read_text().startswith("<!doctype html>")

@@ -12,6 +12,7 @@ from srlm_core import schemas, store, suites, winrate
 from srlm_core.config import SamplingConfig, SuitesConfig
 from srlm_core.engines.protocol import Completion
 from srlm_core.errors import DataError
+from srlm_core.report import write_report
 from srlm_core.suites import alpaca_eval, arena_hard, mt_bench, record
 from srlm_core.suites.record import Item
 
@@ -222,6 +223,11 @@ def test_a_campaign_takes_them_once_and_an_annotator_judges_each_answer_once(tmp
         assert (
             winrate.read(folder / "evaluation" / "M2" / "alpaca_eval" / "annotations.json").baseline == "the_baseline"
         )
+        # each judged benchmark has a line of its own for what could be read
+        write_report(folder)
+        page = (folder / "report" / "report.md").read_text()
+        assert page.count("readable verdicts") == 2
+        assert page.count("readable grades") == 1
         scripted(*sets, f"evaluation.suites.annotator={json.dumps(name)}")
         assert len(annotator.asked) == 2 * (6 + 6 + 6)
         # what is lost is asked again, nothing else
