@@ -1,4 +1,7 @@
-"""The filter on new prompts, against the plain definition: each candidate compared with everything kept."""
+"""The filter on new prompts, against the plain definition: each candidate compared with everything kept.
+
+And the watch that keeps what measures out of training, over as many prompts.
+"""
 
 import random
 from collections import defaultdict
@@ -8,6 +11,7 @@ from rapidfuzz.distance import LCSseq
 
 from benchmarks.sides import Comparison, allowed, in_turn, say, stopwatch
 from srlm_core import data
+from srlm_core.contamination import Watch
 from srlm_core.similarity import Similarity, words
 
 THRESHOLD = 0.7
@@ -17,15 +21,18 @@ class Size(NamedTuple):
     candidates: int
     compared: int
     """Candidates that the plain side can afford; both sides run on these."""
+    measuring: int
+    """Prompts that measure: AlpacaEval, MT-Bench, Arena-Hard, IFEval and a few hundred rankings have as many."""
 
 
-SIZES = {"cpu": Size(20_000, 2_000), "gpu": Size(20_000, 2_000)}
+SIZES = {"cpu": Size(20_000, 2_000, 2_700), "gpu": Size(20_000, 2_000, 2_700)}
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Filter the same candidates both ways, hold the decisions together, and filter all of them our way."""
     decided: dict[str, list[list[bool]]] = {"ours": [], "theirs": []}
     walls: list[float] = []
+    watched: list[float] = []
 
     def ours(r: int) -> float:
         texts = candidates(size.candidates, seed=r)
@@ -35,7 +42,11 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
         with stopwatch() as seconds:
             kept = sum(indexed(texts))
             walls.append(round(seconds(), 3))
-        say(f"similarity: {kept} of {len(texts)} kept in {walls[-1]:.1f} s")
+        with stopwatch() as seconds:
+            watch = Watch({"measuring": candidates(size.measuring, seed=r + 1_000)})
+            copies = sum(watch.copy_in(text) is not None for text in texts)
+            watched.append(round(seconds(), 3))
+        say(f"similarity: {kept} of {len(texts)} kept in {walls[-1]:.1f} s, {copies} copies in {watched[-1]:.1f} s")
         return few
 
     def theirs(r: int) -> float:
@@ -51,7 +62,11 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
     in_turn(ours, [(made, theirs)], rounds)
     if decided["ours"] != decided["theirs"]:
         raise SystemExit("similarity: the two sides decided differently")
-    return [made, allowed(f"similarity filter, {size.candidates} candidates", walls, 120, "s")]
+    return [
+        made,
+        allowed(f"similarity filter, {size.candidates} candidates", walls, 120, "s"),
+        allowed(f"contamination filter, {size.candidates} against {size.measuring} that measure", watched, 60, "s"),
+    ]
 
 
 def indexed(texts: list[str]) -> list[bool]:

@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
 
-from srlm_core import schemas, store, summary
+from srlm_core import schemas, store, summary, table
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
 
@@ -141,10 +141,10 @@ def iteration_report(publish: Publisher, campaign: Campaign, t: int) -> None:
     """Show the numbers of iteration t and the models so far, as Markdown."""
     measured = summary.iteration_metrics(campaign.folder, t)
     lines = [f"| {name} | {value:.4g} |" for name, value in sorted(measured.items())]
-    table = "\n".join(["| measure | value |", "|---|---:|", *lines])
-    models = summary.as_markdown(summary.table(campaign.folder))
+    measures = "\n".join(["| measure | value |", "|---|---:|", *lines])
+    models = table.as_markdown(table.of_campaign(campaign.folder))
     made = f"## What M{t} made, and what M{t + 1} was trained on"
-    text = f"# {campaign.name}: iteration {t}\n\n{models}\n\n{made}\n\n{table}\n"
+    text = f"# {campaign.name}: iteration {t}\n\n{models}\n\n{made}\n\n{measures}\n"
     publish("markdown", "iteration-report", text, f"Iteration {t} of {campaign.name}")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from srlm_core import table
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Self-rewarding language models: run the loop, look at what it made, compare.",
@@ -129,14 +131,14 @@ def report(
 ) -> None:
     """Write a campaign's report again, and say where it is."""
     from flows.looking import folder_of
-    from srlm_core import publishing, summary
+    from srlm_core import publishing
     from srlm_core.report import write_report
 
     folder = folder_of(root, campaign)
     page = publishing.publish(folder, publish) if publish else write_report(folder)
-    rows = summary.table(folder)
+    rows = table.of_campaign(folder)
     typer.echo(
-        json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}"
+        json.dumps({"report": str(page), "models": rows}, indent=2) if as_json else f"{table.as_text(rows)}\n{page}"
     )
 
 
@@ -157,11 +159,10 @@ def compare(
 ) -> None:
     """Put campaigns side by side, model by model, and write a page of what differs and by how much."""
     from flows.looking import compared
-    from srlm_core import summary
 
     rows, page = compared(root, campaigns)
     typer.echo(
-        json.dumps({"page": str(page), "models": rows}, indent=2) if as_json else f"{summary.as_text(rows)}\n{page}"
+        json.dumps({"page": str(page), "models": rows}, indent=2) if as_json else f"{table.as_text(rows)}\n{page}"
     )
 
 

@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import Field
 
 from flows.looking import compared
-from srlm_core import summary
+from srlm_core import table
 
 
 @flow(name="compare")
@@ -19,7 +19,5 @@ def compare(
     """Put the models of several campaigns into one table and one page, each number with its error and its n."""
     rows, page = compared(Path(root), campaigns)
     create_table_artifact(rows, "comparison", " against ".join(campaigns))
-    create_markdown_artifact(
-        f"{summary.as_markdown(rows)}\n\n{page}\n", "comparison-report", " against ".join(campaigns)
-    )
+    create_markdown_artifact(f"{table.as_markdown(rows)}\n\n{page}\n", "comparison-report", " against ".join(campaigns))
     return rows

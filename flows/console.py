@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from srlm_core import table
 from srlm_core.store import Campaign
 
 log = logging.getLogger("srlm")
@@ -141,10 +142,10 @@ class Console:
 
     def farewell(self, rows: Sequence[dict[str, Any]], page: Path, root: Path) -> None:
         """Say where everything is, and how to go on."""
-        from srlm_core import store, summary
+        from srlm_core import store
 
         timings: dict[str, float] = store.read_json(self._campaign.folder / "timings.json") or {}
-        self._terminal.print(summary.as_text(rows), markup=False)
+        self._terminal.print(table.as_text(rows), markup=False)
         self._terminal.print("where the minutes went:")
         for name, seconds in timings.items():
             inside = " (within the others)" if name == "engine starts" else ""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srlm_core import table
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import StoreError
 from srlm_core.plan import Line, of_this_machine, plan
@@ -30,7 +31,6 @@ def folder_of(root: Path, campaign: str) -> Path:
 
 def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]], Path]:
     """Compare campaigns: a row per model of each, and the page that was written. Raises StoreError where one lacks."""
-    from srlm_core import summary
     from srlm_core.comparison import names, write_comparison
 
     folders = [folder_of(root, name) for name in dict.fromkeys(campaigns)]
@@ -40,7 +40,7 @@ def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]]
     rows = [
         {"campaign": name, **row}
         for name, folder in zip(names(folders), folders, strict=True)
-        for row in summary.table(folder)
+        for row in table.of_campaign(folder)
     ]
     return rows, page
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from srlm_core import __version__, interrupts, measuring, settings, store
+from srlm_core import __version__, interrupts, measuring, settings, store, table
 from srlm_core.backend import Backend, describe_engine, make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.errors import StoreError
@@ -45,7 +45,6 @@ def run_recipe(
 ) -> None:
     """Run a campaign from the command line, and say at the end where everything is."""
     from flows.console import Console
-    from srlm_core import summary
 
     quiet()
     interrupts.listen()
@@ -65,7 +64,7 @@ def run_recipe(
         store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
         _run(config, campaign, backend, console, use_prefect=use_prefect, use_mlflow=use_mlflow)
         page = campaign.report / "index.html"  # written when the loop said that it had finished
-        rows = summary.table(campaign.folder)
+        rows = table.of_campaign(campaign.folder)
     if as_json:
         written = str(page) if page.is_file() else None
         found = {"campaign": str(campaign.folder), "report": written, "models": rows}

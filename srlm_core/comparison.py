@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import pages, report_figures, settings, side_by_side, store, summary
+from srlm_core import pages, report_figures, settings, side_by_side, store, summary, table
 from srlm_core.measures import OF_THE_ANSWERS, OF_THE_JUDGE, OF_THE_MATCHES, suite_measures
 from srlm_core.report_words import Measured, measured, policies
 from srlm_core.spelling import spell
@@ -28,9 +28,9 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
         "names": list(campaigns),
         "headline": headline(campaigns),
         "caveats": caveats(folders, campaigns),
-        "columns": summary.COLUMNS,
-        "cell": summary.cell,
-        "rows": [{"campaign": name, **row} for name, found in campaigns.items() for row in summary.rows(found)],
+        "columns": table.COLUMNS,
+        "cell": table.cell,
+        "rows": [{"campaign": name, **row} for name, found in campaigns.items() for row in table.rows(found)],
         "differences": differences(campaigns),
         "settings": other_settings(campaigns),
         **stories(folders, campaigns),

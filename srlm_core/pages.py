@@ -8,9 +8,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from srlm_core import store, summary
+from srlm_core import store
 from srlm_core.report_figures import Figure
 from srlm_core.show import visible
+from srlm_core.spelling import escape_markdown
 
 
 def write(target: Path, name: str, content: Mapping[str, Any], figures: Mapping[str, Figure]) -> Path:
@@ -59,7 +60,7 @@ def markdown() -> Environment:
     environment = _environment(
         autoescape=False,
         keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Safe) else summary.escape_markdown(visible(str(value))),
+        finalize=lambda value: value if isinstance(value, Safe) else escape_markdown(visible(str(value))),
     )
     environment.filters["fence"] = fence
     environment.filters["prose"] = _prose

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srlm_core import pages, report, store, summary
+from srlm_core import pages, report, store, summary, table
 from srlm_core.report_figures import all_figures
 
 
@@ -17,7 +17,7 @@ def publish(folder: Path, target: Path) -> Path:
     settings = store.read_json(folder / "config.json") or {}
     hide = partial(_hidden, {path: Path(path).name for path in sorted(_paths(settings), key=len, reverse=True)})
     kept = {name: store.read_json(folder / f"{name}.json") or {} for name in ("provenance", "timings", "usage")}
-    kept |= {"config": settings, "models": summary.table(folder), "evaluation": measured(folder)}
+    kept |= {"config": settings, "models": table.of_campaign(folder), "evaluation": measured(folder)}
     for name, content in kept.items():
         store.write_json(target / f"{name}.json", hide(content))
     content = hide(report.gather(folder, texts=False))

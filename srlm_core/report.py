@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from srlm_core import evaluation, pages, paper, report_words, settings, side_by_side, store, summary
+from srlm_core import counting, evaluation, pages, paper, report_words, settings, side_by_side, store, summary, table
 from srlm_core.config import RunConfig
 from srlm_core.measures import OF_THE_ANSWERS, OF_THE_ITERATION, OF_THE_JUDGE, suite_measures
 from srlm_core.rates import Rate, rate
@@ -63,9 +63,9 @@ def gather(folder: Path, *, texts: bool = True) -> dict[str, Any]:
         "headline": report_words.headline(found, matches, by_length, judge),
         "warnings": report_words.warnings(found, matches),
         "cannot_say": report_words.cannot_say(found, matches, judge),
-        "columns": summary.COLUMNS,
-        "rows": summary.rows(found),
-        "cell": summary.cell,
+        "columns": table.COLUMNS,
+        "rows": table.rows(found),
+        "cell": table.cell,
         "spell": spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
         "made": _by_iteration(found),
@@ -302,13 +302,15 @@ def _usage(usage: Mapping[str, Mapping[str, float]], timings: Mapping[str, float
 
 def _drops(folder: Path, found: Summary) -> dict[str, Any]:
     """Count what was left out: a row per stage and reason, a column per place."""
-    places: dict[str, Counter[tuple[str, str]]] = {"bootstrap": summary.count_drops(folder / "bootstrap" / "drops", [])}
+    places: dict[str, Counter[tuple[str, str]]] = {
+        "bootstrap": counting.count_drops(folder / "bootstrap" / "drops", [])
+    }
     for t, counts in found.iterations.items():
         unreadable = {("judgments", f"unreadable: {reason}"): n for reason, n in counts.unreadable.items()}
         places[f"iteration {t}"] = counts.drops + Counter(unreadable)
     measuring: Counter[tuple[str, str]] = Counter()
     for drops in sorted((folder / "evaluation").glob("*/drops")):
-        measuring += summary.count_drops(drops, [])
+        measuring += counting.count_drops(drops, [])
     places["evaluation"] = measuring
     shown = {name: counted for name, counted in places.items() if counted or name.startswith("iteration")}
     keys = sorted({key for counted in shown.values() for key in counted}, key=lambda key: (_ORDER.get(key[0], 9), key))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import judgments, store, summary
+from srlm_core import counting, judgments, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.errors import DataError
 from srlm_core.store import digest
@@ -94,7 +94,7 @@ def _ids(folder: Path) -> Iterator[tuple[Path, str]]:
 def _rows(path: Path, *, columns: list[str] | None, wanted: tuple[str, Collection[str]] | None) -> list[dict[str, Any]]:
     """Read rows of a part; `wanted` is a column and the values looked for. Absent or damaged parts have none."""
     try:
-        rows = summary.read_columns(path, columns)
+        rows = counting.read_columns(path, columns)
     except (OSError, pa.ArrowException):
         return []
     if wanted is not None:

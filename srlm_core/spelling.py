@@ -1,5 +1,6 @@
 """spelling: numbers with their errors, and tables of them, written for people."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -22,3 +23,8 @@ def in_columns(grid: Sequence[Sequence[str]]) -> list[str]:
         for label, *texts in grid
     ]
     return [line.rstrip() for line in [lines[0], "─" * len(lines[0]), *lines[1:]]]
+
+
+def escape_markdown(text: str) -> str:
+    """Make a text harmless on one line of Markdown: nothing in it is markup, a table cell or a tag."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@/\"'=])", r"\\\1", re.sub(r"\s+", " ", text)).strip()

@@ -1,15 +1,12 @@
 """summary: a campaign folder read into numbers, for the report, for MLflow and Prefect, and for the console.
 
-Nothing is computed twice: evaluation numbers come from results.json, the others from one pass over the Parquet parts,
-one shard in memory at a time. A number that is not known is left out (or None in the table), never zero.
+Nothing is computed twice: evaluation numbers come from results.json, the others from one pass over the Parquet parts.
+A number that is not known is left out, never zero.
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from srlm_core import judgments, store
+from srlm_core import store
 from srlm_core.config import RunConfig
-from srlm_core.spelling import in_columns, spell
+from srlm_core.counting import SURPLUS, IterationCounts, Mean, entropy_bits, read_iteration, spearman
 
 BASE, BASELINE = "M0", "sft_baseline"
-SURPLUS = "over_target"
-"""Drop reason of a prompt that passed every filter when enough were kept already: no failure."""
 
 
 def campaign_config(folder: Path) -> RunConfig | None:
@@ -56,219 +51,12 @@ def iterations(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-# --- one pass over an iteration -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Mean:
-    """Mean and standard error of numbers that are seen once and not kept."""
-
-    n: int = 0
-    _mean: float = 0.0
-    _squares: float = 0.0
-
-    def add(self, value: float) -> None:
-        """Take one number in (Welford: no loss of digits however many there are)."""
-        self.n += 1
-        step = value - self._mean
-        self._mean += step / self.n
-        self._squares += step * (value - self._mean)
-
-    @property
-    def value(self) -> float | None:
-        return self._mean if self.n else None
-
-    @property
-    def stderr(self) -> float | None:
-        return math.sqrt(self._squares) / self.n if self.n else None
-
-
-@dataclass
-class IterationCounts:
-    """What the files of one iteration add up to; its size does not depend on their number of rows."""
-
-    prompts: int = 0
-    drops: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(stage, reason) to count."""
-    tokens: Mean = field(default_factory=Mean)
-    chars: Mean = field(default_factory=Mean)
-    truncated: Mean = field(default_factory=Mean)
-    readable: Mean = field(default_factory=Mean)
-    unreadable: Counter[str] = field(default_factory=Counter)
-    histogram: Counter[int] = field(default_factory=Counter)
-    """Rubric point to readable verdicts, rounded."""
-    score: Mean = field(default_factory=Mean)
-    spread: Mean = field(default_factory=Mean)
-    score_and_length: Counter[tuple[float, int]] = field(default_factory=Counter)
-    """(score to a hundredth, tokens) to responses: all that a rank correlation needs."""
-    pairs: int = 0
-    paired_prompts: int = 0
-    margin: Mean = field(default_factory=Mean)
-    chosen_tokens: Mean = field(default_factory=Mean)
-    rejected_tokens: Mean = field(default_factory=Mean)
-    damaged: list[Path] = field(default_factory=list)
-    """Parts that could not be read; the same command makes them again."""
-
-    @property
-    def to_be_paired(self) -> int:
-        """Prompts that the pairs stage has seen."""
-        return self.paired_prompts + sum(count for (stage, _), count in self.drops.items() if stage == "pairs")
-
-
-def read_iteration(folder: Path, t: int, config: RunConfig | None = None) -> IterationCounts:
-    """Count iteration t, one shard in memory at a time. `config` says which passes make a score (None: read it)."""
-    config = config or campaign_config(folder)
-    root = folder / f"iter_{t:02d}"
-    seen = tuple(
-        (path, status.st_mtime_ns, status.st_size, status.st_ino)
-        for dataset in (*_COLUMNS, "drops")
-        for path in store.parts(root / dataset)
-        for status in [path.stat()]
-    )
-    return _counted(root, (config.judgments.k, config.judgments.required) if config else None, seen)
-
-
-@lru_cache(maxsize=32)
-def _counted(root: Path, passes: tuple[int, int] | None, seen: tuple[Any, ...]) -> IterationCounts:
-    """Count what is in a folder; `seen` are its parts as they are now: an iteration is read once until one changes."""
-    counts = IterationCounts()
-    names = sorted({path.name for dataset in _COLUMNS for path in store.parts(root / dataset)})
-    for name in names:
-        shard = {dataset: _read(root / dataset / name, columns, counts) for dataset, columns in _COLUMNS.items()}
-        lengths: dict[str, int] = {}
-        if shard["prompts"] is not None:
-            counts.prompts += shard["prompts"].num_rows
-        if shard["responses"] is not None:
-            lengths = _count_responses(counts, shard["responses"])
-        if shard["judgments"] is not None:
-            _count_judgments(counts, shard["judgments"], lengths, passes)
-        if shard["pairs"] is not None:
-            _count_pairs(counts, shard["pairs"], lengths)
-    counts.drops = count_drops(root / "drops", counts.damaged)
-    return counts
-
-
-_COLUMNS = {
-    "prompts": ("prompt_id",),
-    "responses": ("response_id", "response", "n_tokens", "finish_reason"),
-    "judgments": ("target_id", "index", "form", "verdict", "unreadable_reason"),
-    "pairs": ("prompt_id", "chosen_id", "rejected_id", "chosen_score", "rejected_score"),
-}
-
-
-def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read some columns of a part, page checksums verified: the judges' texts stay on the disk."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        return file.read(columns=None if columns is None else list(columns))
-
-
-def _read(path: Path, columns: Sequence[str], counts: IterationCounts) -> pa.Table | None:
-    if not path.exists():
-        return None
-    try:
-        return read_columns(path, columns)
-    except (OSError, pa.ArrowException):
-        counts.damaged.append(path)
-        return None
-
-
-def _count_responses(counts: IterationCounts, rows: pa.Table) -> dict[str, int]:
-    tokens = rows["n_tokens"].to_pylist()
-    for n_tokens, text, reason in zip(
-        tokens, rows["response"].to_pylist(), rows["finish_reason"].to_pylist(), strict=True
-    ):
-        counts.tokens.add(n_tokens)
-        counts.chars.add(len(text))
-        counts.truncated.add(float(reason == "length"))
-    return dict(zip(rows["response_id"].to_pylist(), tokens, strict=True))
-
-
-def _count_judgments(
-    counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, int], passes: tuple[int, int] | None
-) -> None:
-    made = 1 + max(rows["index"].to_pylist(), default=-1)
-    k, required = passes or (made, (made + 1) // 2)
-    rows = rows.filter(pa.array([index < k for index in rows["index"].to_pylist()], pa.bool_()))
-    for verdict, reason in zip(rows["verdict"].to_pylist(), rows["unreadable_reason"].to_pylist(), strict=True):
-        counts.readable.add(float(verdict is not None))
-        if verdict is None:
-            counts.unreadable[reason] += 1
-    pointwise = rows.filter(pa.array([form == "pointwise" for form in rows["form"].to_pylist()], pa.bool_()))
-    counts.histogram.update(round(value) for value in pointwise["verdict"].to_pylist() if value is not None)
-    for target, score in judgments.scores(pointwise, k=k, required=required).items():
-        counts.score.add(score.mean)
-        if score.n > 1:
-            counts.spread.add(math.sqrt(score.variance))
-        if target in lengths:
-            counts.score_and_length[round(score.mean, 2), lengths[target]] += 1
-
-
-def _count_pairs(counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, int]) -> None:
-    counts.pairs += rows.num_rows
-    counts.paired_prompts += len(set(rows["prompt_id"].to_pylist()))
-    for row in rows.to_pylist():
-        if row["chosen_score"] is not None and row["rejected_score"] is not None:
-            counts.margin.add(row["chosen_score"] - row["rejected_score"])
-        for side, tally in (("chosen_id", counts.chosen_tokens), ("rejected_id", counts.rejected_tokens)):
-            if row[side] in lengths:
-                tally.add(lengths[row[side]])
-
-
-def count_drops(folder: Path, damaged: list[Path]) -> Counter[tuple[str, str]]:
-    """Count a folder of drops by stage and reason; unreadable parts are added to `damaged`."""
-    found: Counter[tuple[str, str]] = Counter()
-    for path in store.parts(folder):
-        try:
-            rows = read_columns(path, ("stage", "reason"))
-        except (OSError, pa.ArrowException):
-            damaged.append(path)
-            continue
-        found.update(zip(rows["stage"].to_pylist(), rows["reason"].to_pylist(), strict=True))
-    return found
-
-
-def entropy_bits(histogram: Mapping[int, int]) -> float | None:
-    """Return the entropy of a histogram: 0 where one point takes all, log2(6) = 2.58 where all six are equal."""
-    total = sum(histogram.values())
-    if not total:
-        return None
-    return -math.fsum(count / total * math.log2(count / total) for count in histogram.values() if count) + 0.0
-
-
-def spearman(cells: Mapping[tuple[float, int], int]) -> float | None:
-    """Return the rank correlation of (x, y) values that occur `count` times; None where one side is constant."""
-    x, y = (_ranks(cells, side) for side in (0, 1))
-    if len(x) < 2 or len(y) < 2:
-        return None
-    middle = (sum(cells.values()) + 1) / 2
-    centred = [(x[a] - middle, y[b] - middle, count) for (a, b), count in cells.items()]
-    both = math.fsum(dx * dy * count for dx, dy, count in centred)
-    xx, yy = (
-        math.fsum(dx * dx * count for dx, _, count in centred),
-        math.fsum(dy * dy * count for _, dy, count in centred),
-    )
-    return both / math.sqrt(xx * yy)
-
-
-def _ranks(cells: Mapping[tuple[float, int], int], side: int) -> dict[float, float]:
-    """Average rank of each distinct value of one side."""
-    sizes: Counter[float] = Counter()
-    for cell, count in cells.items():
-        sizes[cell[side]] += count
-    ranks: dict[float, float] = {}
-    before = 0
-    for value in sorted(sizes):
-        ranks[value] = before + (sizes[value] + 1) / 2
-        before += sizes[value]
-    return ranks
-
-
-# --- metrics --------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def iteration_metrics(folder: Path, t: int) -> dict[str, float]:
     """Measure the datasets of iteration t, made with M_t, and the training of M_{t+1} on them."""
-    return counted_metrics(read_iteration(folder, t)) | training_metrics(folder, f"M{t + 1}")
+    return counted_metrics(read_iteration(folder, t, campaign_config(folder))) | training_metrics(folder, f"M{t + 1}")
 
 
 def counted_metrics(counts: IterationCounts) -> dict[str, float]:
@@ -471,7 +259,7 @@ def _match_metrics(other: str, tally: Mapping[str, Any]) -> dict[str, float | No
     return found
 
 
-# --- the whole campaign ---------------------------------------------------------------------------------------------
+# --- the whole campaign -----------------------------------------------------------------------------------------------
 
 
 class Summary(NamedTuple):
@@ -522,132 +310,3 @@ def _missing(folder: Path, config: RunConfig | None, counted: Mapping[int, Itera
     if config.evaluation.head_to_head and not head_to_heads(folder)[1]:
         lacking.append("the models have not met head to head yet")
     return lacking
-
-
-# --- the table of iterations ----------------------------------------------------------------------------------------
-
-
-def table(folder: Path) -> list[dict[str, Any]]:
-    """Lay out a row per model, from M0 to the last; a value that is not known is None."""
-    return rows(collect(folder))
-
-
-def rows(summary: Summary) -> list[dict[str, Any]]:
-    """Lay out a row per model; what M_t generated stands beside how M_t was evaluated."""
-    result: list[dict[str, Any]] = []
-    for model in summary.models:
-        number = re.fullmatch(r"M(\d+)", model)
-        t = int(number[1]) if number else None
-        before = f"M{t - 1}" if t else None
-        measured, made = summary.of_model[model], summary.of_iteration.get(t or 0, {})
-        row: dict[str, Any] = {"model": model, "before": before}
-        for key, name in _ROW_EVALUATION.items():
-            row |= _with_error(key, measured, f"evaluation/{name}")
-        row |= _with_error("win_rate_vs_before", measured, f"evaluation/win_rate_vs_{before}")
-        for key, name in _ROW_ITERATION.items():
-            row |= _with_error(key, made, name)
-        result.append(row)
-    return result
-
-
-_ROW_EVALUATION = {
-    "judge_accuracy": "judge_pairwise_accuracy",
-    "judge_accuracy_tie_half": "judge_pairwise_accuracy_tie_half",
-    "longer_accuracy": "longer_accuracy",
-    "text_readable_rate": "text_readable_rate",
-    "response_tokens": "response_length_tokens_mean",
-    "win_rate_vs_sft_baseline": "win_rate_vs_sft_baseline",
-    "attack_shift": "attack_shift",
-}
-_ROW_ITERATION = {
-    "readable_rate": "judgments/readable_rate",
-    "score_mean": "judgments/score_mean",
-    "tie_rate": "judgments/tie_rate",
-    "pairs": "pairs/n",
-    "pairs_yield": "pairs/yield",
-}
-
-
-def _with_error(key: str, metrics: Mapping[str, float], name: str) -> dict[str, Any]:
-    return {
-        key: metrics.get(name),
-        f"{key}_stderr": metrics.get(f"{name}_stderr"),
-        f"{key}_n": None if (n := metrics.get(f"{name}_n")) is None else int(n),
-    }
-
-
-class Column(NamedTuple):
-    """How one measure of the table is shown."""
-
-    key: str
-    label: str
-    form: str
-    """Format of the number: `.2f`, `+.2f`, `.0f`."""
-    note: str
-
-
-COLUMNS = (
-    Column(
-        "judge_accuracy", "judge accuracy", ".2f", "held-out pairs that it orders as they are ranked; a tie is wrong"
-    ),
-    Column("judge_accuracy_tie_half", "… ties as halves", ".2f", "the same, a tie as half right: 0.5 is guessing"),
-    Column("longer_accuracy", "… of length alone", ".2f", "always preferring the longer response, on the same pairs"),
-    Column("text_readable_rate", "readable as text", ".2f", "held-out judgments in the text form that could be read"),
-    Column("score_mean", "mean own score", ".2f", "what it gave its own responses, 0 to 5; its own opinion"),
-    Column("tie_rate", "prompts tied", ".2f", "prompts dropped because best and worst score are equal"),
-    Column("pairs", "pairs", ".0f", "pairs made with it, which train the next model"),
-    Column("pairs_yield", "prompts paired", ".2f", "prompts that gave a pair, of those that reached pairing"),
-    Column("response_tokens", "response tokens", ".0f", "mean length of its answers to the evaluation prompts"),
-    Column(
-        "win_rate_vs_before", "wins vs one before", ".2f", "head to head against the model before it; a tie is half"
-    ),
-    Column("win_rate_vs_sft_baseline", "wins vs baseline", ".2f", "head to head against sft_baseline; a tie is half"),
-    Column("attack_shift", "shift by attacks", "+.2f", "rubric points that manipulative text adds to a response"),
-)
-
-
-def cell(row: Mapping[str, Any], column: Column) -> str:
-    """Write one cell of the table."""
-    return spell(row[column.key], row[f"{column.key}_stderr"], form=column.form)
-
-
-def as_text(table_rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay the table out for a terminal: a line per measure and a column per model: 80 columns hold five."""
-    grid = [["", *(_of(row) for row in table_rows)]]
-    grid += [[column.label, *(cell(row, column).replace(" ", "") for row in table_rows)] for column in COLUMNS]
-    return "\n".join([*in_columns(grid), *_footnotes(table_rows)])
-
-
-def as_markdown(table_rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay the table out in Markdown, a row per model."""
-    head = ["model", *(column.label for column in COLUMNS)]
-    body = [[escape_markdown(_of(row)), *(cell(row, column) for column in COLUMNS)] for row in table_rows]
-    grid = [head, ["---", *("--:" for _ in COLUMNS)], *body]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in grid), "", " ".join(_footnotes(table_rows))])
-
-
-def _of(row: Mapping[str, Any]) -> str:
-    """Name the model of a row; where rows of several campaigns stand side by side they say which."""
-    return f"{row['campaign']}/{row['model']}" if "campaign" in row else row["model"]
-
-
-def _footnotes(table_rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    pairs = {row["judge_accuracy_n"] for row in table_rows} - {None}
-    wins = ("win_rate_vs_before", "win_rate_vs_sft_baseline")
-    matches = {row[f"{key}_n"] for row in table_rows for key in wins} - {None}
-    notes = ["± is one standard error."]
-    if pairs:
-        notes.append(f"Judge accuracy is over {_range(pairs)} held-out pairs; 0.5 with ties as halves is guessing.")
-    if matches:
-        notes.append(f"Wins are over {_range(matches)} prompts, a tie counts 1/2.")
-    return notes
-
-
-def _range(numbers: set[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def escape_markdown(text: str) -> str:
-    """Make a text harmless on one line of Markdown: nothing in it is markup, a table cell or a tag."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@/\"'=])", r"\\\1", re.sub(r"\s+", " ", text)).strip()

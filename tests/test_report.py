@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from srlm_core import pages, report, report_words, show, store, summary
 from srlm_core.errors import DataError
+from srlm_core.spelling import escape_markdown
 
 HOSTILE = {
     "p1": "</summary></details><script>alert(1)</script>\n# A heading\n<img src=x onerror=alert(2)>",
@@ -156,7 +157,7 @@ def test_nothing_breaks_out_of_a_fence(text):
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), max_size=80))
 def test_escaped_markdown_renders_as_the_text_itself(text):
-    escaped = summary.escape_markdown(show.visible(text))
+    escaped = escape_markdown(show.visible(text))
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(f"x{escaped}x")
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     on_one_line = re.sub(r"\s+", " ", show.visible(text)).strip()

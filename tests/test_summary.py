@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from srlm_core import schemas, store, summary
+from srlm_core import counting, schemas, store, summary, table
 from srlm_core.spelling import spell
 
 
@@ -104,7 +104,7 @@ def test_results_of_weights_that_were_replaced_are_not_shown(tmp_path):
 
 def test_the_table_has_a_row_per_model_and_none_for_what_is_not_known(tmp_path):
     folder = made_up.campaign(tmp_path)
-    rows = {row["model"]: row for row in summary.table(folder)}
+    rows = {row["model"]: row for row in table.of_campaign(folder)}
     assert list(rows) == ["M0", "sft_baseline", "M1", "M2"]
     accuracy = [rows["M1"][f"judge_accuracy{end}"] for end in ("", "_stderr", "_n")]
     assert accuracy == pytest.approx([0.45, 0.04, 240])
@@ -114,7 +114,7 @@ def test_the_table_has_a_row_per_model_and_none_for_what_is_not_known(tmp_path):
 
 
 def test_the_table_as_text_is_aligned_and_carries_its_errors(tmp_path):
-    text = summary.as_text(summary.table(made_up.campaign(tmp_path)))
+    text = table.as_text(table.of_campaign(made_up.campaign(tmp_path)))
     head, _, *lines = text.split("\n")
     accuracy = next(line for line in lines if line.startswith("judge accuracy"))
     assert accuracy.split() == ["judge", "accuracy", "0.40±0.04", "0.40±0.04", "0.45±0.04", "0.60±0.04"]
@@ -124,10 +124,12 @@ def test_the_table_as_text_is_aligned_and_carries_its_errors(tmp_path):
 
 def test_campaigns_side_by_side_say_which_is_which(tmp_path):
     rows = [
-        {"campaign": name, **row} for name in ("a", "b") for row in summary.table(made_up.campaign(tmp_path, name=name))
+        {"campaign": name, **row}
+        for name in ("a", "b")
+        for row in table.of_campaign(made_up.campaign(tmp_path, name=name))
     ]
-    assert "a/M2" in summary.as_text(rows)
-    assert "b/sft_baseline" in summary.as_text(rows)
+    assert "a/M2" in table.as_text(rows)
+    assert "b/sft_baseline" in table.as_text(rows)
 
 
 def test_numbers_are_spelled_with_error_and_n():
@@ -141,8 +143,8 @@ def test_an_empty_folder_is_a_campaign_of_which_nothing_is_known(tmp_path):
     assert summary.iteration_metrics(tmp_path, 1)["pairs/n"] == 0
     assert "pairs/yield" not in summary.iteration_metrics(tmp_path, 1)
     assert summary.model_metrics(tmp_path, "M1") == {}
-    assert [row["model"] for row in summary.table(tmp_path)] == ["M0"]
-    assert summary.as_text(summary.table(tmp_path))
+    assert [row["model"] for row in table.of_campaign(tmp_path)] == ["M0"]
+    assert table.as_text(table.of_campaign(tmp_path))
 
 
 def test_a_damaged_part_is_named_and_not_counted(tmp_path):
@@ -155,7 +157,7 @@ def test_a_damaged_part_is_named_and_not_counted(tmp_path):
 
 def test_an_iteration_that_grew_is_counted_again(tmp_path):
     folder = made_up.campaign(tmp_path)
-    assert summary.read_iteration(folder, 1) is summary.read_iteration(folder, 1)
+    assert counting.read_iteration(folder, 1, None) is counting.read_iteration(folder, 1, None)
     store.part_path(folder / "iter_01" / "prompts", 1).unlink()
     assert summary.iteration_metrics(folder, 1)["prompts/kept"] == 2
 
@@ -182,9 +184,9 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path):
         for shard in range(parts):
             path = store.part_path(tmp_path / "iter_01" / "responses", shard)
             store.write_atomically(path, lambda aside: aside.write_bytes((tmp_path / "part").read_bytes()))
-        summary._counted.cache_clear()
+        counting._counted.cache_clear()
         tracemalloc.start()
-        assert summary.read_iteration(tmp_path, 1).tokens.n == 2000 * parts
+        assert counting.read_iteration(tmp_path, 1, None).tokens.n == 2000 * parts
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
@@ -196,7 +198,7 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(0, 10).map(lambda n: n / 2), st.integers(1, 6)), min_size=2, max_size=40))
 def test_the_rank_correlation_of_counted_cells_is_that_of_the_rows(points):
-    found = summary.spearman(Counter(points))
+    found = counting.spearman(Counter(points))
     if len({x for x, _ in points}) < 2 or len({y for _, y in points}) < 2:
         assert found is None
     else:
@@ -205,7 +207,7 @@ def test_the_rank_correlation_of_counted_cells_is_that_of_the_rows(points):
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
 def test_a_mean_seen_once_is_the_mean(values):
-    mean = summary.Mean()
+    mean = counting.Mean()
     for value in values:
         mean.add(value)
     centre = math.fsum(values) / len(values)
