@@ -3,33 +3,28 @@
 M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
-import logging
-import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import eft, evaluation, frozen_judge, judgments, measuring, prompts, schemas, settings, store, training
+from srlm_core import frozen_judge, measuring, prompts, schemas, settings, store, training
 from srlm_core.backend import Model
-from srlm_core.config import DpoConfig, RunConfig, SftConfig
-from srlm_core.data import SetAside
+from srlm_core.bootstrap import bootstrap
 from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
-from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.errors import NothingLeft
 from srlm_core.executor import Pending, Work
+from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
 from srlm_core.methods.record import Shard, Step
-from srlm_core.run import BASELINE, MARKER, Run
+from srlm_core.run import BASELINE, Run
 from srlm_core.store import Made, digest, materialize, part_path
-
-log = logging.getLogger("srlm")
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
@@ -42,111 +37,6 @@ def self_reward(run: Run) -> None:
         executor.flow("iteration", f"iteration {t}", partial(iterate, run, t))
     executor.flow("evaluate", "evaluate", partial(evaluate_rest, run))
     run.tell("finished", timings=run.timings)
-
-
-def bootstrap(run: Run) -> None:
-    """Train sft_baseline on IFT, and M1 on IFT + EFT, both from M0 (section 2.3)."""
-    folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
-    _forget_seed_data(folder, judged=config.seed_data.eft_is_judged)
-    for name, lines in seed.set_aside.items():
-        _keep_set_aside(run, name, lines)
-    with run.phase("base model"):
-        base = run.base
-    ift = _seed_rows(folder / "ift.parquet", training.ift_examples(seed.ift))
-    _train(run, Lesson(BASELINE, "sft", lambda: [ift], config.training.sft, base, None, folder))
-    groups = _judge_eft(run, seed.eft) if config.seed_data.eft_is_judged else seed.eft
-    asked = _asked_in_eft(config, groups)
-    eft_rows = _seed_rows(folder / "eft.parquet", training.eft_examples(groups, asked, config.seed_data.eft_form))
-    _train(run, Lesson("M1", "sft", lambda: [ift, eft_rows], config.training.sft, base, None, folder))
-
-
-def _forget_seed_data(folder: Path, *, judged: bool) -> None:
-    """Drop what other settings left: a report must not tell of rows that this campaign did not see."""
-    shutil.rmtree(folder / "set_aside", ignore_errors=True)
-    (folder / "eft.json").unlink(missing_ok=True)
-    if not judged:
-        store.forget_later_parts(folder, "judgments", 0)
-
-
-def _keep_set_aside(run: Run, name: str, lines: Sequence[SetAside]) -> None:
-    path = run.campaign.folder / "bootstrap" / "set_aside" / f"{name}.json"
-    store.write_json(path, [{"line": line.line, "reason": line.reason, "text": line.text} for line in lines])
-    run.tell("set_aside", file=name, count=len(lines), where=str(path))
-
-
-def _seed_rows(path: Path, rows: pa.Table) -> pa.Table:
-    made_from = digest("seed", path.stem, store.rows_digest([rows], rows.schema))
-    stamp = store.stamp_of(path)
-    if stamp is None or stamp.fingerprint != made_from:
-        store.write_part(path, rows, made_from)
-    return rows
-
-
-def _asked_in_eft(config: RunConfig, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
-    """Render each judged response as the loop's judge will see it."""
-    rubric = judgments.load_rubric(config.judgments.rubric, justified=config.seed_data.eft_form == "justified")
-    return {
-        (group["prompt"], response["text"]): rubric.ask(prompt=group["prompt"], response=response["text"])
-        for group in groups
-        for response in group["responses"]
-    }
-
-
-def _judge_eft(run: Run, groups: Sequence[eft.Group]) -> list[eft.Group]:
-    """Let a model write the judgments that M1 learns: those that agree with people's ranking (section 3.1.1).
-
-    sft_baseline is measured meanwhile: its engine is open.
-    """
-    seed, size = run.config.seed_data, run.config.engine.shard_rows
-    judge = run.model(seed.eft_endpoint or BASELINE)
-    shards = [evaluation.group_tasks(groups[start : start + size]) for start in range(0, len(groups), size)]
-    run.tell("shards", stage="judgments", iteration=0, total=len(shards))
-    with run.phase("judging for EFT"), run.engines() as lend:
-        pending = [_submit_eft(run, judge, lend, shards, number) for number in range(len(shards))]
-        everyone = judge.name == BASELINE and run.config.evaluation.models == "all"
-        started = measuring.submit(run, judge, lend) if everyone else {}
-        parts = [work.result() for work in pending]
-        measuring.finish(run, judge, started)
-    store.forget_later_parts(run.campaign.folder / "bootstrap", "judgments", len(shards))
-    by_id = {task.target_id: (task.prompt, task.response) for work in shards for task in work}
-    said: defaultdict[tuple[str, str], list[eft.Said]] = defaultdict(list)
-    for part in parts:
-        for row in store.read_part(part.path).to_pylist():
-            said[by_id[row["target_id"]]].append(eft.Said(row["verdict"], row["text"]))
-    targets = eft.targets(groups, said, seed)
-    _keep_set_aside(run, "eft_judged", [SetAside(None, why, group["prompt"][:300]) for group, why in targets.set_aside])
-    told = {"targets": seed.eft_targets, "judge": judge.name, **targets.counts}
-    store.write_json(run.campaign.folder / "bootstrap" / "eft.json", told)
-    if not targets.groups:
-        raise NothingLeft(
-            f"EFT: expected judgments of {judge.name} that agree with people's ranking, got none "
-            f"({', '.join(f'{name} {count}' for name, count in targets.counts.items())}). Let a stronger model judge "
-            "(seed_data.eft_targets=endpoint), or take the scores of the ranks (eft_targets=ranked, eft_form=score)."
-        )
-    return targets.groups
-
-
-def _submit_eft(
-    run: Run,
-    judge: Model,
-    lend: Callable[[Model], OnDemand],
-    shards: Sequence[Sequence[judgments.Task]],
-    number: int,
-) -> Pending[Made]:
-    """Start the judgments of one shard of EFT's groups."""
-    config, work = run.config, shards[number]
-    how = eft.judging(config.seed_data, config.judgments)
-
-    def make(engine: Engine) -> tuple[pa.Table, pa.Table]:
-        return judgments.judge(work, engine, how, iteration=0, judge_name=judge.name, seed=config.seed)
-
-    rubric = judgments.load_rubric(how.rubric, justified=True).identity
-    what = [judgments.VERSION, how.model_dump(mode="json"), rubric, [list(task) for task in work]]
-    folder, name = run.campaign.folder / "bootstrap", f"judgments of EFT {number + 1}/{len(shards)}"
-    part = partial(
-        measuring.make_part, run, folder, "judgments", judge, lend, make, what, number=number, stage="judgments"
-    )
-    return run.executor.submit(Work("judgments", name, part))
 
 
 def iterate(run: Run, t: int) -> None:
@@ -162,7 +52,7 @@ def iterate(run: Run, t: int) -> None:
     init = _anchor(run, run.config.training.dpo.init_from, policy)
     folder = run.campaign.iteration(t)
     how = run.config.training.dpo
-    _train(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
+    teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -347,119 +237,3 @@ def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:
 def _anchor(run: Run, which: str, policy: Model) -> Model:
     """Return the model that `init_from` or `reference` names: M_t, M1 or M0."""
     return {"previous": policy, "base": run.base}.get(which) or run.model("M1")
-
-
-# --- training -------------------------------------------------------------------------------------------------------
-
-
-class Lesson(NamedTuple):
-    """One training run of the campaign: which model comes of what."""
-
-    name: str
-    kind: Literal["sft", "dpo"]
-    rows: Callable[[], Iterable[pa.Table]]
-    """Reads the rows from their beginning, a piece at a time: all of an iteration's need not fit the memory."""
-    config: SftConfig | DpoConfig
-    init: Model
-    reference: Model | None
-    folder: Path
-
-    @property
-    def schema(self) -> pa.Schema:
-        return schemas.EXAMPLES if self.kind == "sft" else schemas.PREFERENCES
-
-    @property
-    def work_dir(self) -> Path:
-        """Rows, checkpoints and log; the bootstrap trains two models and keeps them apart."""
-        training_dir = self.folder / "training"
-        return training_dir / self.name if self.folder.name == "bootstrap" else training_dir
-
-    def fingerprint(self, config: RunConfig) -> str:
-        """Hash what the trained weights depend on."""
-        return digest(
-            {
-                "version": training.VERSION, "kind": self.kind, "seed": config.seed,
-                "rows": store.rows_digest(self.rows(), self.schema),
-                "settings": settings.pick(config, (f"training.{self.kind}",)),
-                "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
-            },
-            length=32,
-        )  # fmt: skip
-
-
-def _train(run: Run, lesson: Lesson) -> Model:
-    """Train one model, as a piece of work that the executor shows."""
-    return run.executor.run(Work("training", f"training {lesson.name}", partial(_find_or_train, run, lesson)))
-
-
-def _find_or_train(run: Run, lesson: Lesson) -> Model:
-    """Train one model, go on from its last checkpoint, or find it made."""
-    output, made_from = run.campaign.model(lesson.name), lesson.fingerprint(run.config)
-    marker = store.read_json(output / MARKER)
-    if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
-        return Model(lesson.name, output, marker["digest"])
-    with run.phase(f"training {lesson.name}"):
-        result = _train_again(run, lesson, made_from)
-    trained, reference = Model(lesson.name, output, run.backend.digest(output)), lesson.reference
-    store.write_json(
-        output / MARKER,
-        {
-            "fingerprint": made_from, "digest": trained.digest, "kind": lesson.kind, "rows": result.n_rows,
-            "init_from": [lesson.init.name, lesson.init.digest],
-            "reference": [reference.name, reference.digest] if reference else None,
-            "steps": result.steps, "seconds": round(result.seconds, 1),
-        },
-    )  # fmt: skip
-    shutil.rmtree(lesson.work_dir / "checkpoints", ignore_errors=True)
-    run.tell("model", model=trained, result=result, kind=lesson.kind)
-    return trained
-
-
-def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
-    work_dir = lesson.work_dir
-    stamp = store.stamp_of(work_dir / "rows.parquet")
-    if stamp is None or stamp.fingerprint != made_from:
-        shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
-    kept, held = work_dir / "rows.parquet", work_dir / "heldout.parquet"
-    share = lesson.config.heldout_share
-    store.write_stream(kept, (training.hold_out(rows, share)[0] for rows in lesson.rows()), lesson.schema, made_from)
-    if share:
-        aside = (training.hold_out(rows, share)[1] for rows in lesson.rows())
-        store.write_stream(held, aside, lesson.schema, made_from)
-    job = TrainingJob(
-        kind=lesson.kind,
-        rows=kept,
-        heldout=held if share and pq.read_metadata(held).num_rows else None,
-        init_from=lesson.init.path,
-        reference=lesson.reference.path if lesson.reference else None,
-        output=run.campaign.model(lesson.name),
-        work_dir=work_dir,
-        settings=lesson.config,
-        seed=run.config.seed,
-        trust_remote_code=run.config.model.trust_remote_code,
-        threads=run.config.engine.threads,
-    )
-    shutil.rmtree(job.output, ignore_errors=True)
-    attempts = len(list(run.campaign.logs.glob(f"training_{lesson.name}_*.log")))
-    progress = partial(run.tell, "training", model=lesson.name)
-    result = run.backend.train(
-        job,
-        log=run.campaign.logs / f"training_{lesson.name}_{attempts + 1}.log",
-        on_progress=lambda event: progress(progress=event),
-    )
-    _keep_training_log(result, lesson, made_from)
-    return result
-
-
-def _keep_training_log(result: TrainingResult, lesson: Lesson, made_from: str) -> None:
-    """Keep the curve as a table, and the rows that were too long among the drops."""
-    folder, name = lesson.folder, lesson.name
-    t = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
-    columns = sorted({key for row in result.log for key in row})
-    curve = pa.table({key: pa.array([row.get(key) for row in result.log]) for key in columns})
-    store.write_part(lesson.work_dir / "log.parquet", curve, made_from)
-    drops = [
-        {"id": row_id, "stage": "training", "reason": reason, "iteration": t, "detail": f"{name}: {n_tokens} tokens"}
-        for row_id, reason, n_tokens in result.dropped
-    ]
-    store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)

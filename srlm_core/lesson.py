@@ -1,0 +1,131 @@
+"""lesson: one training run of a campaign, found made, gone on with, or begun; and what it leaves behind."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srlm_core import schemas, settings, store, training
+from srlm_core.backend import Model
+from srlm_core.config import DpoConfig, RunConfig, SftConfig
+from srlm_core.engines.training_job import TrainingJob, TrainingResult
+from srlm_core.executor import Work
+from srlm_core.run import MARKER, Run
+from srlm_core.store import digest
+
+
+class Lesson(NamedTuple):
+    """One training run of the campaign: which model comes of what."""
+
+    name: str
+    kind: Literal["sft", "dpo"]
+    rows: Callable[[], Iterable[pa.Table]]
+    """Reads the rows from their beginning, a piece at a time: all of an iteration's need not fit the memory."""
+    config: SftConfig | DpoConfig
+    init: Model
+    reference: Model | None
+    folder: Path
+
+    @property
+    def schema(self) -> pa.Schema:
+        return schemas.EXAMPLES if self.kind == "sft" else schemas.PREFERENCES
+
+    @property
+    def work_dir(self) -> Path:
+        """Rows, checkpoints and log; the bootstrap trains two models and keeps them apart."""
+        training_dir = self.folder / "training"
+        return training_dir / self.name if self.folder.name == "bootstrap" else training_dir
+
+    def fingerprint(self, config: RunConfig) -> str:
+        """Hash what the trained weights depend on."""
+        return digest(
+            {
+                "version": training.VERSION, "kind": self.kind, "seed": config.seed,
+                "rows": store.rows_digest(self.rows(), self.schema),
+                "settings": settings.pick(config, (f"training.{self.kind}",)),
+                "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
+            },
+            length=32,
+        )  # fmt: skip
+
+
+def teach(run: Run, lesson: Lesson) -> Model:
+    """Train one model, as a piece of work that the executor shows."""
+    return run.executor.run(Work("training", f"training {lesson.name}", partial(_find_or_train, run, lesson)))
+
+
+def _find_or_train(run: Run, lesson: Lesson) -> Model:
+    """Train one model, go on from its last checkpoint, or find it made."""
+    output, made_from = run.campaign.model(lesson.name), lesson.fingerprint(run.config)
+    marker = store.read_json(output / MARKER)
+    if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
+        return Model(lesson.name, output, marker["digest"])
+    with run.phase(f"training {lesson.name}"):
+        result = _train_again(run, lesson, made_from)
+    trained, reference = Model(lesson.name, output, run.backend.digest(output)), lesson.reference
+    store.write_json(
+        output / MARKER,
+        {
+            "fingerprint": made_from, "digest": trained.digest, "kind": lesson.kind, "rows": result.n_rows,
+            "init_from": [lesson.init.name, lesson.init.digest],
+            "reference": [reference.name, reference.digest] if reference else None,
+            "steps": result.steps, "seconds": round(result.seconds, 1),
+        },
+    )  # fmt: skip
+    shutil.rmtree(lesson.work_dir / "checkpoints", ignore_errors=True)
+    run.tell("model", model=trained, result=result, kind=lesson.kind)
+    return trained
+
+
+def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
+    work_dir = lesson.work_dir
+    stamp = store.stamp_of(work_dir / "rows.parquet")
+    if stamp is None or stamp.fingerprint != made_from:
+        shutil.rmtree(work_dir, ignore_errors=True)  # checkpoints of other rows or settings must not be continued
+    kept, held = work_dir / "rows.parquet", work_dir / "heldout.parquet"
+    share = lesson.config.heldout_share
+    store.write_stream(kept, (training.hold_out(rows, share)[0] for rows in lesson.rows()), lesson.schema, made_from)
+    if share:
+        aside = (training.hold_out(rows, share)[1] for rows in lesson.rows())
+        store.write_stream(held, aside, lesson.schema, made_from)
+    job = TrainingJob(
+        kind=lesson.kind,
+        rows=kept,
+        heldout=held if share and pq.read_metadata(held).num_rows else None,
+        init_from=lesson.init.path,
+        reference=lesson.reference.path if lesson.reference else None,
+        output=run.campaign.model(lesson.name),
+        work_dir=work_dir,
+        settings=lesson.config,
+        seed=run.config.seed,
+        trust_remote_code=run.config.model.trust_remote_code,
+        threads=run.config.engine.threads,
+    )
+    shutil.rmtree(job.output, ignore_errors=True)
+    attempts = len(list(run.campaign.logs.glob(f"training_{lesson.name}_*.log")))
+    progress = partial(run.tell, "training", model=lesson.name)
+    result = run.backend.train(
+        job,
+        log=run.campaign.logs / f"training_{lesson.name}_{attempts + 1}.log",
+        on_progress=lambda event: progress(progress=event),
+    )
+    _keep_training_log(result, lesson, made_from)
+    return result
+
+
+def _keep_training_log(result: TrainingResult, lesson: Lesson, made_from: str) -> None:
+    """Keep the curve as a table, and the rows that were too long among the drops."""
+    folder, name = lesson.folder, lesson.name
+    t = int(folder.name.removeprefix("iter_")) if folder.name.startswith("iter_") else 0
+    columns = sorted({key for row in result.log for key in row})
+    curve = pa.table({key: pa.array([row.get(key) for row in result.log]) for key in columns})
+    store.write_part(lesson.work_dir / "log.parquet", curve, made_from)
+    drops = [
+        {"id": row_id, "stage": "training", "reason": reason, "iteration": t, "detail": f"{name}: {n_tokens} tokens"}
+        for row_id, reason, n_tokens in result.dropped
+    ]
+    store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)
