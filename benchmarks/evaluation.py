@@ -11,7 +11,7 @@ from benchmarks.bare import Asked, Bare
 from benchmarks.sampling import Recorder
 from benchmarks.sides import Comparison, in_turn, say, stopwatch
 from benchmarks.workload import engine, small_model
-from srlm_core import data, measuring
+from srlm_core import data, loop
 from srlm_core.backend import make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Completion, Request, TokenScores
@@ -54,7 +54,7 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
             with Campaign(folder, f"round {r}") as campaign, stopwatch() as seconds:
                 campaign.logs.mkdir()
                 run = Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
-                measuring.evaluate_one(run, run.base)
+                loop.evaluate_one(run, run.base)
                 took = seconds()
             tokens.append(sum(used["tokens"] for used in run.usage.values()))
             say(json.dumps(run.usage))

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from srlm_core import __version__, interrupts, measuring, settings, store, table
+from srlm_core import __version__, interrupts, loop, settings, store, table
 from srlm_core.backend import Backend, describe_engine, make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.errors import StoreError
@@ -166,4 +166,4 @@ def evaluate_model(
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         run = Run(config, campaign, executor, backend, [console])
         measured = backend.frozen(model)._replace(name=Path(model).name)
-        return measuring.evaluate_one(run, measured, judging_only=judging_only)
+        return loop.evaluate_one(run, measured, judging_only=judging_only)

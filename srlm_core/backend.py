@@ -21,6 +21,11 @@ class Model(NamedTuple):
     path: Path
     digest: str
 
+    @property
+    def served(self) -> bool:
+        """Whether somebody else serves it: `name@http://host/v1`."""
+        return "@http" in self.name
+
 
 class Backend(NamedTuple):
     """What the loop asks of the world of models."""
@@ -101,12 +106,12 @@ def describe_engine(config: EngineConfig) -> str:
 
 
 def _endpoint(name: str) -> Model | None:
-    """Read `name@http://host/v1`: a model that somebody else serves."""
-    return Model(name, Path(name.split("@", 1)[0]), digest(name)) if "@http" in name else None
+    asked = Model(name, Path(name.split("@", 1)[0]), digest(name))
+    return asked if asked.served else None
 
 
 def _ask_endpoint(config: RunConfig, asked: Model, logs: Path) -> Engine | None:
-    if "@http" not in asked.name:
+    if not asked.served:
         return None
     name, url = asked.name.split("@", 1)
     engine = config.engine.model_copy(update={"kind": "openai", "base_url": url})

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import frozen_judge, measuring, prompts, schemas, settings, store, training
+from srlm_core import annotating, frozen_judge, measuring, prompts, schemas, settings, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.engines.on_demand import OnDemand
@@ -52,7 +52,8 @@ def iterate(run: Run, t: int) -> None:
     init = _anchor(run, run.config.training.dpo.init_from, policy)
     folder = run.campaign.iteration(t)
     how = run.config.training.dpo
-    teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
+    with annotating.meanwhile(run, policy):
+        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -73,7 +74,16 @@ def evaluate_rest(run: Run) -> None:
         frozen_judge.head_to_head(run, judge, lend)
         frozen_judge.place_own_answers(run, judge, lend)
     frozen_judge.other_judges(run)
-    measuring.judge_suites(run)
+    annotating.annotate(run)
+
+
+def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:
+    """Measure one model by itself, or only how it judges, and return its results."""
+    with run.phase(f"evaluating {model.name}"), run.engines() as lend:
+        measuring.finish(run, model, measuring.submit(run, model, lend, judging_only=judging_only))
+    if not judging_only:
+        annotating.annotate(run)
+    return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
 
 
 # --- the stages of an iteration -------------------------------------------------------------------------------------

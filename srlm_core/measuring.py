@@ -20,7 +20,7 @@ from srlm_core.methods import METHODS
 from srlm_core.run import Run
 from srlm_core.store import Made, digest, materialize, part_path
 from srlm_core.suites import Taken, capability, record
-from srlm_core.suites.record import Item, Suite, Tables
+from srlm_core.suites.record import Item, Tables
 
 Make = Callable[[Engine], Tables]
 Piece = tuple[Make, Any]
@@ -174,7 +174,7 @@ def _suite_answers(run: Run, model: Model) -> dict[str, list[Piece]]:
     config = run.config.evaluation.suites
     pieces: dict[str, list[Piece]] = {}
     for name, taken in run.seed_data.suites.items():
-        for items in _shards(run, taken):
+        for items in suite_shards(run, taken):
             make = partial(_answered, items, config.sampling, model.name, run.config.seed)
             what = [name, record.VERSION, [list(item[:5]) for item in items], config.sampling.model_dump(mode="json")]
             pieces.setdefault(name, []).append((make, what))
@@ -196,7 +196,8 @@ def _answered(items: Sequence[Item], sampling: SamplingConfig, model: str, seed:
     return record.answer(items, engine, sampling, model=model, seed=seed)
 
 
-def _shards(run: Run, taken: Taken) -> list[list[Item]]:
+def suite_shards(run: Run, taken: Taken) -> list[list[Item]]:
+    """Cut a benchmark's questions as its answers and their verdicts are kept: a list a part."""
     size = run.config.engine.shard_rows
     return [taken.items[start : start + size] for start in range(0, len(taken.items), size)]
 
@@ -264,7 +265,7 @@ def finish(run: Run, model: Model, pending: Started) -> None:
     folder = run.campaign.folder / "evaluation" / model.name
     for name, taken in seed.suites.items():
         if name in tables:
-            results.setdefault("suites", {})[name] = _take_stock(folder, taken, tables[name], None)
+            results.setdefault("suites", {})[name] = take_stock(folder, taken, tables[name], None)
     for task in config.evaluation.suites.capability:
         if f"capability_{task}" in tables:
             scored = capability.measure(task, tables[f"capability_{task}"])
@@ -279,74 +280,9 @@ def _mean_scores(config: RunConfig, judged: pa.Table) -> dict[str, float]:
     return {target: score.mean for target, score in scored.items()}
 
 
-def judge_suites(run: Run) -> None:
-    """Let the annotator judge every measured model's answers to the published benchmarks, and add what comes of it.
-
-    It is named by the user: no model judges its own answers unawares. Where it does, the results say so.
-    """
-    config, folder = run.config.evaluation.suites, run.campaign.folder / "evaluation"
-    judged = {name: taken for name, taken in run.seed_data.suites.items() if taken.suite.judged}
-    answered = [folder / model for model in run.measured]
-    if config.annotator is None or not judged or not answered:
-        return
-    annotator = run.role(config.annotator, run.base)
-    with run.phase("judging benchmarks"), run.engines() as lend:
-        pending = {
-            (model, name): _submit_verdicts(run, model, taken, annotator, lend)
-            for model in answered
-            for name, taken in judged.items()
-        }
-        for model in answered:
-            results = store.read_json(model / "results.json")
-            for name, taken in judged.items():
-                verdicts = pa.concat_tables(store.read_part(part.result().path) for part in pending[model, name])
-                measured = _take_stock(model, taken, _all_parts(model / name), verdicts)
-                by_itself = {"judged_by_itself": True} if annotator.digest == results["digest"] else {}
-                results["suites"][name] = measured | {"judge": annotator.name} | by_itself
-            store.write_json(model / "results.json", results)
-            run.tell("evaluation", model=model.name, results=results)
-
-
-def _take_stock(folder: Path, taken: Taken, answered: pa.Table, verdicts: pa.Table | None) -> dict[str, Any]:
+def take_stock(folder: Path, taken: Taken, answered: pa.Table, verdicts: pa.Table | None) -> dict[str, Any]:
     """Measure a model's answers to one benchmark, and write them for the benchmark's own tool."""
     suite = taken.suite
     for name, content in (suite.files(taken.items, answered, verdicts, folder.name) if suite.files else {}).items():
         store.write_json(folder / suite.name / name, content)
     return suite.measure(taken.items, answered, verdicts)
-
-
-def _all_parts(folder: Path) -> pa.Table:
-    return pa.concat_tables(store.read_part(path) for path in store.parts(folder))
-
-
-def _submit_verdicts(run: Run, model: Path, taken: Taken, annotator: Model, lend: Lend) -> list[Pending[Made]]:
-    """Start the verdicts on one model's answers to one benchmark, a part for each part of the answers."""
-    name, suite, config = taken.suite.name, taken.suite, run.config.evaluation.suites
-    assert suite.judge is not None
-    rubrics = [judgments.load_rubric(rubric, justified=None).identity for rubric in suite.rubrics]
-    started: list[Pending[Made]] = []
-    parts = store.parts(model / name)
-    store.forget_later_parts(model, f"{name}_judged", len(parts))
-    for number, (path, items) in enumerate(zip(parts, _shards(run, taken), strict=True)):
-        rows = store.read_part(path)
-        what = [name, record.VERSION, rubrics, config.annotation_tokens, store.rows_digest([rows], rows.schema)]
-        make = partial(_judged, suite, items, rows, annotator.name, config.annotation_tokens, run.config.seed)
-        part = partial(make_part, run, model, f"{name}_judged", annotator, lend, make, what, number=number)
-        shown = f"{name} of {model.name} judged {number + 1}/{len(parts)}"
-        started.append(run.executor.submit(Work("evaluation", shown, part)))
-    return started
-
-
-def _judged(
-    suite: Suite, items: Sequence[Item], rows: pa.Table, name: str, max_tokens: int, seed: int, engine: Engine
-) -> Tables:
-    assert suite.judge is not None
-    return suite.judge(items, rows, record.Judge(engine, name, max_tokens, seed))
-
-
-def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:
-    """Measure one model by itself, or only how it judges, and return its results."""
-    with run.phase(f"evaluating {model.name}"), run.engines() as lend:
-        finish(run, model, submit(run, model, lend, judging_only=judging_only))
-    judge_suites(run)
-    return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")

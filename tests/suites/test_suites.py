@@ -11,7 +11,7 @@ from suites.annotator import Annotator
 from srlm_core import schemas, store, suites, winrate
 from srlm_core.config import SamplingConfig, SuitesConfig
 from srlm_core.engines.protocol import Completion
-from srlm_core.errors import DataError
+from srlm_core.errors import DataError, SrlmError
 from srlm_core.report import write_report
 from srlm_core.suites import alpaca_eval, arena_hard, mt_bench, record
 from srlm_core.suites.record import Item
@@ -234,6 +234,35 @@ def test_a_campaign_takes_them_once_and_an_annotator_judges_each_answer_once(tmp
         next((folder / "evaluation" / "M1" / "mt_bench_judged").glob("part-00001*")).unlink()
         scripted(*sets, f"evaluation.suites.annotator={json.dumps(name)}")
         assert len(annotator.asked) == 2 * (6 + 6 + 6) + 2
+
+
+def test_an_endpoint_judges_while_the_next_model_trains(tmp_path, scripted):
+    seen: list[str] = []
+
+    def watch(what, details):
+        if what == "part" and details["path"].parent.name in [f"{suite}_judged" for suite in suites.SUITES]:
+            seen.append(details["path"].parents[1].name)
+        if what == "evaluation" and details["model"] == "M2":
+            seen.append("M2 is measured")
+
+    annotator = Annotator(by_kind)
+    with annotator.serving() as name:
+        scripted(*all_of(tmp_path), f"evaluation.suites.annotator={json.dumps(name)}", observers=[watch])
+    # three benchmarks in 3 + 2 + 2 parts, found again in the end
+    assert seen[: seen.index("M2 is measured")].count("M1") == 3 + 2 + 2
+    assert seen.count("M1") == 2 * (3 + 2 + 2)
+    assert len(annotator.asked) == 2 * (6 + 6 + 6)
+
+
+def test_a_campaign_does_not_stop_for_an_endpoint_that_is_away_until_the_end(tmp_path, scripted, told):
+    annotator = Annotator(by_kind)
+    with annotator.serving() as name:
+        pass
+    sets = [*all_of(tmp_path), f"evaluation.suites.annotator={json.dumps(name)}"]
+    with pytest.raises(SrlmError, match="http"):
+        scripted(*sets)
+    assert (tmp_path / "c" / "models" / "M2" / "complete.json").exists()
+    assert any("the answers of M1 are not all judged yet" in line for line in told)
 
 
 def test_without_an_annotator_there_are_answers_and_no_verdicts(tmp_path, scripted):
