@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from srlm_core import table
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import StoreError
+from srlm_core.methods import METHODS
 from srlm_core.plan import Line, of_this_machine, plan
 from srlm_core.seed_data import load_seed
 
@@ -58,12 +59,14 @@ def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
             models.resolve_model(config.model.path, config.model.revision, root / ".cache" / "models")
         )
         parameters, size = found.parameters, found.weight_bytes
-    seed = load_seed(config)
+    method = METHODS[config.method]
+    seed = load_seed(config, teaches_judging=method.teaches_judging)
     rows = {
         "ift": len(seed.ift),
         "eft": sum(len(group["responses"]) for group in seed.eft),
         "evaluation": len(seed.evaluation),
         "heldout": sum(len(group["responses"]) for group in seed.heldout),
+        "prompts": method.given(config, seed, 1).wanted,
     }
     return plan(config, parameters, size, of_this_machine(os.cpu_count() or 1, gpus), rows)
 

@@ -11,6 +11,7 @@ from srlm_core.engines import hardware, models, open_engine, resolve_dtype, reso
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingResult
 from srlm_core.errors import ConfigError
+from srlm_core.methods import require_fit
 from srlm_core.store import digest
 
 
@@ -40,7 +41,11 @@ class Backend(NamedTuple):
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Replace `auto` by what this machine will use, so that fingerprints hold what really made the rows."""
+    """Replace `auto` by what this machine will use, so that fingerprints hold what really made the rows.
+
+    Raises ConfigError for settings that the method or the engine cannot work with.
+    """
+    require_fit(config)
     kind = resolve_kind(config.engine)
     engine = config.engine.model_copy(update={"kind": kind})
     if kind != "scripted":

@@ -17,13 +17,17 @@ from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
 from srlm_core.errors import NothingLeft
 from srlm_core.executor import Pending, Work
-from srlm_core.lesson import Lesson, teach
+from srlm_core.lesson import Lesson, take_as, teach
+from srlm_core.methods import METHODS
 from srlm_core.run import BASELINE, Run
 from srlm_core.store import Made, digest
 
 
 def bootstrap(run: Run) -> None:
-    """Train sft_baseline on IFT, and M1 on IFT + EFT, both from M0 (section 2.3)."""
+    """Train sft_baseline on IFT, and M1 on IFT + EFT, both from M0 (section 2.3).
+
+    Where the method needs no judge, M1 is sft_baseline.
+    """
     folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
     _forget_seed_data(folder, judged=config.seed_data.eft_is_judged)
     for name, lines in seed.set_aside.items():
@@ -32,10 +36,20 @@ def bootstrap(run: Run) -> None:
         base = run.base
     ift = _seed_rows(folder / "ift.parquet", training.ift_examples(seed.ift))
     teach(run, Lesson(BASELINE, "sft", lambda: [ift], config.training.sft, base, None, folder))
-    groups = _judge_eft(run, seed.eft) if config.seed_data.eft_is_judged else seed.eft
+    if METHODS[config.method].teaches_judging:
+        eft_rows = _eft_rows(run, folder)
+        teach(run, Lesson("M1", "sft", lambda: [ift, eft_rows], config.training.sft, base, None, folder))
+    else:
+        (folder / "eft.parquet").unlink(missing_ok=True)
+        take_as(run, "M1", run.model(BASELINE))
+
+
+def _eft_rows(run: Run, folder: Path) -> pa.Table:
+    config, groups = run.config, run.seed_data.eft
+    if config.seed_data.eft_is_judged:
+        groups = _judge_eft(run, groups)
     asked = _asked_in_eft(config, groups)
-    eft_rows = _seed_rows(folder / "eft.parquet", training.eft_examples(groups, asked, config.seed_data.eft_form))
-    teach(run, Lesson("M1", "sft", lambda: [ift, eft_rows], config.training.sft, base, None, folder))
+    return _seed_rows(folder / "eft.parquet", training.eft_examples(groups, asked, config.seed_data.eft_form))
 
 
 def _forget_seed_data(folder: Path, *, judged: bool) -> None:

@@ -180,7 +180,7 @@ class PromptsConfig(Settings):
 class ResponsesConfig(Settings):
     """N responses to each prompt (section 2.2, step 2)."""
 
-    n: int = Field(default=4, ge=2)
+    n: int = Field(default=4, ge=1)
     """Responses per prompt (section 3.1.3: 4)."""
     sampling: SamplingConfig = SamplingConfig()
 
@@ -292,8 +292,8 @@ class DpoConfig(OptimizerConfig):
     """Weights that training starts from: M_t (the paper), M1, or M0."""
     reference: Literal["previous", "sft", "base"] = "previous"
     """Frozen model in the loss: M_t, M1, or M0. Not named in the paper; start-of-iteration is public practice."""
-    data: Literal["latest", "cumulative"] = "latest"
-    """Pairs of this iteration, or of all iterations so far."""
+    data: Literal["latest", "last_two", "cumulative"] = "latest"
+    """Pairs of this iteration, of this and the one before (SPIN), or of all iterations so far."""
 
 
 class TrainingConfig(Settings):
@@ -386,7 +386,8 @@ class RunConfig(Settings):
 
     recipe: str = "self_rewarding"
     size: str = "small"
-    method: Literal["self_rewarding"] = "self_rewarding"
+    method: str = "self_rewarding"
+    """The algorithm: the name of a module of srlm_core/methods."""
     seed: int = 0
     """Every random choice derives from it."""
     iterations: int = Field(default=2, ge=0)
@@ -427,4 +428,6 @@ def schema() -> dict[str, Any]:
     description = {"type": "string", "description": "What this size is for, how long it takes."}
     size = {"type": "object", "properties": {**settings["properties"], "description": description}}
     sizes = {"type": "object", "additionalProperties": size}
-    return {**settings, "title": "srlm recipe", "properties": {**settings["properties"], "sizes": sizes}}
+    extends = {"type": "string", "description": "Recipe whose settings and sizes hold where this one says nothing."}
+    properties = {"extends": extends, **settings["properties"], "sizes": sizes}
+    return {**settings, "title": "srlm recipe", "properties": properties}

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from srlm_core import schemas
-from srlm_core.config import JudgmentsConfig
+from srlm_core.config import JudgmentsConfig, RunConfig
 from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
 from srlm_core.errors import ConfigError
 from srlm_core.schemas import SCORE_LINE
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
+SETTINGS = ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.sampling")
+"""What one judgment depends on; how many there are changes none of them."""
 RUBRICS = Path(__file__).parent / "rubrics"
 POINTS = ("0", "1", "2", "3", "4", "5")
 
@@ -113,6 +115,11 @@ def load_rubric(name: str, *, justified: bool | None) -> Rubric:
                     f"judgments.rubric {name!r}: expected the placeholder {placeholder}, it is not there."
                 )
     return Rubric(path.stem, template)
+
+
+def texts(config: RunConfig) -> list[str]:
+    """Identify the template that the loop's judge is shown."""
+    return [load_rubric(config.judgments.rubric, justified=config.judgments.justified).identity]
 
 
 class Task(NamedTuple):

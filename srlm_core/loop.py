@@ -22,7 +22,7 @@ from srlm_core.errors import NothingLeft
 from srlm_core.executor import Pending, Work
 from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
-from srlm_core.methods.record import Shard, Step
+from srlm_core.methods.record import Given, Shard, Step
 from srlm_core.run import BASELINE, Run
 from srlm_core.store import Made, digest, materialize, part_path
 
@@ -99,12 +99,12 @@ def make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDem
     }
     kept = _kept_before(run, t)
     pending: dict[str, list[Pending[Made]]] = {step.makes: [] for step in method.steps}
-    slices = _slices(run, t)
+    slices = _slices(run, method.given(config, run.seed_data, t))
     for step in method.steps:
         run.tell("shards", stage=step.makes, iteration=t, total=len(slices))
-    for number, (wanted, own) in enumerate(slices):
+    for number, (wanted, given) in enumerate(slices):
         shard = Shard(
-            config=config, iteration=t, number=number, wanted=wanted, own_prompts=own, policy=policy.name,
+            config=config, iteration=t, number=number, wanted=wanted, given=given, policy=policy.name,
             models={role: model.name for role, model in roles.items()}, engine=_NO_ENGINE, kept=kept,
         )  # fmt: skip
         for step in method.steps:
@@ -125,16 +125,13 @@ def make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDem
 _NO_ENGINE = cast("Engine", None)  # pure table work never looks at it, and a step with a role gets a real one
 
 
-def _slices(run: Run, t: int) -> list[tuple[int, tuple[str, ...]]]:
-    """Cut an iteration into shards: (prompts wanted, the user's own among them). Own prompts are used once."""
-    config = run.config.prompts
-    n_own = round(config.target * config.file_share)
-    own = run.seed_data.own_prompts[(t - 1) * n_own : t * n_own]
-    if len(own) < n_own:
-        run.tell("note", text=f"iteration {t}: {n_own} prompts wanted from {config.file}, {len(own)} are left in it")
+def _slices(run: Run, given: Given) -> list[tuple[int, tuple[Mapping[str, Any], ...]]]:
+    """Cut what an iteration begins with into shards: (prompts wanted, rows given among them)."""
+    if given.note:
+        run.tell("note", text=given.note)
     size = run.config.engine.shard_rows
-    starts = range(0, config.target, size)
-    return [(min(size, config.target - start), tuple(own[start : start + size])) for start in starts]
+    starts = range(0, given.wanted, size)
+    return [(min(size, given.wanted - start), tuple(given.rows[start : start + size])) for start in starts]
 
 
 def _kept_before(run: Run, t: int) -> prompts.Kept:
@@ -174,7 +171,7 @@ def _make_part(
             "iteration": shard.iteration, "shard": shard.number,
             "engine": settings.pick(run.config, settings.ENGINE) if model else None,
             "model": [model.name, model.digest] if model else None,
-            "slice": [shard.wanted, *shard.own_prompts] if step.in_order else None,
+            "slice": [shard.wanted, *map(dict, shard.given)] if step.in_order or step.takes_given else None,
             "seed_data": run.seed_data.identities if step.in_order else None,
             "inputs": [made.identity for made in inputs.values()],
             "previous": [work.result().identity for work in previous],
@@ -218,26 +215,26 @@ def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
 
 
 def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
-    if not counts["prompts"]:
+    if not counts.get("prompts"):
         return "No prompt survived: raise prompts.max_attempts, set prompts.form=completion, or give prompts.file."
     unreadable = sum(count for reason, count in seen.items() if reason.startswith("unreadable"))
-    if counts["judgments"] and unreadable == counts["judgments"]:
+    judged = counts.get("judgments")
+    if judged and unreadable == judged:
         return (
             "No judgment could be read: set judgments.reading=guided or expected, "
             "or raise judgments.sampling.max_tokens."
         )
-    if not counts["judgments"]:
+    if judged == 0:
         return "No response could be judged: raise engine.context or responses.sampling.max_tokens."
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
 
 
 def _parts_to_train_on(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> list[Path]:
     dataset = METHODS[run.config.method].trains_on
-    parts = [part.path for part in made[dataset]]
-    if run.config.training.dpo.data == "cumulative":
-        earlier = [path for s in range(1, t) for path in store.parts(run.campaign.iteration(s) / dataset)]
-        parts = earlier + parts
-    return parts
+    first = {"latest": t, "last_two": t - 1, "cumulative": 1}[run.config.training.dpo.data]
+    earlier = range(max(first, 1), t)
+    parts = [path for s in earlier for path in store.parts(run.campaign.iteration(s) / dataset)]
+    return parts + [part.path for part in made[dataset]]
 
 
 def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:

@@ -16,7 +16,6 @@ from srlm_core.config import JudgmentsConfig, RunConfig, SamplingConfig
 from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
 from srlm_core.executor import Pending, Work
-from srlm_core.methods import METHODS
 from srlm_core.run import Run
 from srlm_core.store import Made, digest, materialize, part_path
 from srlm_core.suites import Taken, capability, record
@@ -120,9 +119,9 @@ def lay_out(run: Run, judge: str, tasks: Sequence[judgments.Task], how: Judgment
     make = partial(
         judgments.judge, tasks, config=how or config.judgments, iteration=0, judge_name=judge, seed=config.seed
     )
-    step = next(step for step in METHODS[config.method].steps if step.makes == "judgments")
-    read = settings.pick(config, step.settings)
-    return make, [config.judgments.k, judgments.VERSION, read, step.texts(config), [list(task) for task in tasks]]
+    read = settings.pick(config, judgments.SETTINGS)
+    texts = judgments.texts(config)
+    return make, [config.judgments.k, judgments.VERSION, read, texts, [list(task) for task in tasks]]
 
 
 def own_groups(run: Run) -> Sequence[Mapping[str, Any]]:

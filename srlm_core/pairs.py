@@ -6,7 +6,7 @@ is named in the drops with its reason.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -38,6 +38,38 @@ def may_be_rejected(response: Mapping[str, Any], config: PairsConfig) -> bool:
     return response["finish_reason"] == "stop" or config.truncated_rejected
 
 
+class Side(NamedTuple):
+    """One response of a pair; no score where none was given."""
+
+    text: str
+    response_id: str
+    score: float | None = None
+
+
+def row(prompt: Mapping[str, Any], chosen: Side, rejected: Side, *, iteration: int) -> dict[str, object]:
+    """Lay out a pair of responses to a prompt; a row of PAIRS."""
+    return {
+        "pair_id": digest(chosen.response_id, rejected.response_id, iteration, "response"),
+        "prompt_id": prompt["prompt_id"],
+        "iteration": iteration,
+        "kind": "response",
+        "messages": prompt["messages"],
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "chosen_id": chosen.response_id,
+        "rejected_id": rejected.response_id,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+        "label": 1.0,
+        "weight": 1.0,
+    }
+
+
+def drop(prompt: Mapping[str, Any], reason: str, *, iteration: int) -> dict[str, object]:
+    """Lay out why a prompt gives no pair; a row of DROPS."""
+    return {"id": prompt["prompt_id"], "stage": "pairs", "reason": reason, "iteration": iteration, "detail": None}
+
+
 def best_and_worst(
     prompts: pa.Table, responses: pa.Table, scores: Mapping[str, float], config: PairsConfig, *, iteration: int
 ) -> tuple[pa.Table, pa.Table]:
@@ -53,16 +85,12 @@ def best_and_worst(
     for prompt in prompts.to_pylist():
         chosen_rejected, reason = _select(candidates[prompt["prompt_id"]], scores, config)
         if chosen_rejected is None:
-            row = {
-                "id": prompt["prompt_id"],
-                "stage": "pairs",
-                "reason": reason,
-                "iteration": iteration,
-                "detail": None,
-            }
-            drops.append(row)
+            drops.append(drop(prompt, reason, iteration=iteration))
         else:
-            rows.append(_row(prompt, *chosen_rejected, scores, iteration))
+            best, worst = (
+                Side(side["response"], side["response_id"], scores[side["response_id"]]) for side in chosen_rejected
+            )
+            rows.append(row(prompt, best, worst, iteration=iteration))
     return schemas.table(rows, schemas.PAIRS), schemas.table(drops, schemas.DROPS)
 
 
@@ -85,27 +113,3 @@ def _select(
     if margin < config.min_margin - _EPSILON:
         return None, "margin_too_small"
     return (chosen, rejected), ""
-
-
-def _row(
-    prompt: Mapping[str, Any],
-    chosen: Mapping[str, Any],
-    rejected: Mapping[str, Any],
-    scores: Mapping[str, float],
-    iteration: int,
-) -> dict[str, object]:
-    return {
-        "pair_id": digest(chosen["response_id"], rejected["response_id"], iteration, "response"),
-        "prompt_id": prompt["prompt_id"],
-        "iteration": iteration,
-        "kind": "response",
-        "messages": prompt["messages"],
-        "chosen": chosen["response"],
-        "rejected": rejected["response"],
-        "chosen_id": chosen["response_id"],
-        "rejected_id": rejected["response_id"],
-        "chosen_score": scores[chosen["response_id"]],
-        "rejected_score": scores[rejected["response_id"]],
-        "label": 1.0,
-        "weight": 1.0,
-    }

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from srlm_core.config import RunConfig
+from srlm_core.methods import METHODS
 
 ASSUMED_YIELD = 0.6
 """Share of asked prompts that survive the filters; small models do worse."""
@@ -11,6 +12,10 @@ ASSUMED_FILL = 0.5
 ASSUMED_PROMPT_TOKENS = 60
 RUBRIC_TOKENS = 180
 """Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
+
+
+ASSUMED_PAIRED = 0.6
+"""Share of prompts that give a pair where a judge has to tell two responses apart."""
 
 
 class Line(NamedTuple):
@@ -32,6 +37,34 @@ class Hardware(NamedTuple):
     devices: int
 
 
+class Iteration(NamedTuple):
+    """What one iteration of a method asks for."""
+
+    target: int
+    """Prompts that it holds."""
+    asked: int
+    """Prompts that the model is asked to write."""
+    n: int
+    """Responses sampled to each."""
+    k: int
+    """Judgments of each."""
+    paired: float
+    """Share of prompts that give a pair."""
+
+    @classmethod
+    def of(cls, config: RunConfig, target: int) -> "Iteration":
+        """Look at the method's steps."""
+        made = {step.makes: step for step in METHODS[config.method].steps}
+        writes, judges = made["prompts"].role is not None, "judgments" in made
+        return cls(
+            target,
+            round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD) if writes else 0,
+            config.responses.n if "responses" in made else 0,
+            config.judgments.k if judges else 0,
+            ASSUMED_PAIRED if judges else 1.0,
+        )
+
+
 def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
     """State rates: 35 GFLOP/s a core (measured, float32 on AVX2), 60 and 150 TFLOP/s a GPU (an H100-class guess)."""
     if gpus:
@@ -44,14 +77,15 @@ def plan(
 ) -> list[Line]:
     """Return requests, tokens, memory, disk and hours.
 
-    `seed_rows` counts ift, eft (responses), evaluation and heldout (responses).
+    `seed_rows` counts ift, eft (responses), evaluation, heldout (responses), and the prompts of an iteration.
     """
-    its, n, k, target = config.iterations, config.responses.n, config.judgments.k, config.prompts.target
-    asked, answer, written = _asked(config), _answer(config), _written(config)
+    its, one = config.iterations, Iteration.of(config, seed_rows["prompts"])
+    target, asked, n, k, paired = one
+    answer, written = _answer(config), _written(config)
     models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
     lines = [
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
-        Line("requests for prompts", its * asked, "requests", f"{its} × {target} / {ASSUMED_YIELD} kept"),
+        Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
         Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
@@ -59,7 +93,7 @@ def plan(
     if eft:
         lines.append(Line("judgments for EFT", eft, "judgments", f"{seed_rows['eft']} ranked responses, each pass"))
     eft_tokens = eft * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL
-    generated = its * generated_tokens(config) + (0 if config.seed_data.eft_targets == "endpoint" else eft_tokens)
+    generated = its * generated_tokens(config, one) + (0 if config.seed_data.eft_targets == "endpoint" else eft_tokens)
     # a prompt is read once to be answered and once to be judged, a response once to be judged
     read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
@@ -69,35 +103,25 @@ def plan(
         Line("tokens of evaluation", evaluated, "tokens", f"{models} models"),
     ]
     epochs = config.training.sft.epochs
-    sft = epochs * (2 * seed_rows["ift"] * 120 + seed_rows["eft"] * (RUBRIC_TOKENS + 120))
-    dpo = its * config.training.dpo.epochs * target * 0.6 * 2 * (ASSUMED_PROMPT_TOKENS + answer)
-    lines.append(
-        Line(
-            "tokens trained on",
-            sft + dpo,
-            "tokens",
-            "SFT twice (baseline, M1) + DPO on 60 % of the prompts, both sides",
-        )
-    )
+    taught = 2 * seed_rows["ift"] * 120 + seed_rows["eft"] * (RUBRIC_TOKENS + 120)
+    sft = epochs * (taught if METHODS[config.method].teaches_judging else seed_rows["ift"] * 120)
+    dpo = its * config.training.dpo.epochs * target * paired * 2 * (ASSUMED_PROMPT_TOKENS + answer)
+    how = f"SFT of the baseline and M1 + DPO on {paired:.0%} of the prompts, both sides"
+    lines.append(Line("tokens trained on", sft + dpo, "tokens", how))
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 
 
-def generated_tokens(config: RunConfig) -> float:
+def generated_tokens(config: RunConfig, one: Iteration) -> float:
     """Return the tokens that one iteration's engine writes: prompts, responses, judgments."""
-    responses = config.prompts.target * config.responses.n
     task = config.prompts.sampling.max_tokens * ASSUMED_FILL
-    return _asked(config) * task + responses * (_answer(config) + config.judgments.k * _written(config))
+    return one.asked * task + one.target * one.n * (_answer(config) + one.k * _written(config))
 
 
 def _eft_judgments(config: RunConfig, responses: int) -> int:
     seed = config.seed_data
-    if not seed.eft_is_judged:
+    if not seed.eft_is_judged or not METHODS[config.method].teaches_judging:
         return 0
     return responses if seed.eft_targets == "ranked" else responses * seed.eft_passes
-
-
-def _asked(config: RunConfig) -> int:
-    return round(config.prompts.target * (1 - config.prompts.file_share) / ASSUMED_YIELD)
 
 
 def _answer(config: RunConfig) -> float:
@@ -110,7 +134,8 @@ def _written(config: RunConfig) -> float:
 
 def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:
     """Return how long the engines of one iteration are expected to write; one that only evaluates writes less."""
-    return generated_tokens(config) * 2 * parameters / (hardware.flops * hardware.devices)
+    one = Iteration.of(config, config.prompts.target)
+    return generated_tokens(config, one) * 2 * parameters / (hardware.flops * hardware.devices)
 
 
 def _costs(

@@ -171,6 +171,14 @@ class _Shard(NamedTuple):
         return schemas.table(self.rows, schemas.PROMPTS), schemas.table(self.drops, schemas.DROPS)
 
 
+def given(texts: Sequence[str], *, iteration: int, source: str) -> tuple[pa.Table, pa.Table]:
+    """Lay out prompts that are to be used as they are, in order, each once; rows PROMPTS and DROPS."""
+    shard = _Shard(iteration, "", [], [])
+    for text in dict.fromkeys(texts):
+        shard.keep(text, source)
+    return shard.tables()
+
+
 def take(
     texts: Sequence[str], kept: Kept, *, iteration: int, source: str, wanted: int | None = None
 ) -> tuple[pa.Table, pa.Table]:

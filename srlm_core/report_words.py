@@ -274,11 +274,14 @@ def cannot_say(found: Summary, matches: Matches, judge: str | None) -> list[str]
             f"One seed ({config.seed}), one campaign. Whether the order of the models survives another seed is not "
             "known until one is run."
         )
-        said += _about_the_corpus(config) + _about_the_reading(config)
-    said.append(
-        "Scores that a model gives its own responses are its own opinion. They may rise because the responses got "
-        "better or because the judge got kinder; only the held-out pairs and the head-to-heads are outside the loop."
-    )
+        said += _about_the_corpus(config)
+    if any(counts.readable.n for counts in found.iterations.values()):
+        said += _about_the_reading(config) if config else []
+        said.append(
+            "Scores that a model gives its own responses are its own opinion. They may rise because the responses got "
+            "better or because the judge got kinder; only the held-out pairs and the head-to-heads are outside the "
+            "loop."
+        )
     said.append(
         "Tie rules decide a good part of judge accuracy: a judge with few distinct scores ties often. The headline "
         "counts ties as wrong, so guessing lies below 0.5 in it; only the number with ties as halves may be held "

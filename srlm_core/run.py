@@ -12,6 +12,7 @@ from srlm_core.backend import Backend, Model
 from srlm_core.config import RunConfig
 from srlm_core.engines.on_demand import OnDemand, Usage
 from srlm_core.executor import Executor
+from srlm_core.methods import METHODS
 from srlm_core.seed_data import SeedData, load_seed
 from srlm_core.store import Campaign
 
@@ -52,7 +53,7 @@ class Run:
 
     @cached_property
     def seed_data(self) -> SeedData:
-        return load_seed(self.config)
+        return load_seed(self.config, teaches_judging=METHODS[self.config.method].teaches_judging)
 
     def model(self, name: str) -> Model:
         """Return a finished model of this campaign, or another one by path."""

@@ -15,6 +15,7 @@ class SeedData(NamedTuple):
     ift: list[dict[str, Any]]
     demonstrations: list[str]
     eft: list[dict[str, Any]]
+    """Ranked groups that do not measure: laid out to teach judging or, where the method teaches none, as they came."""
     heldout: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
     attacks: list[dict[str, Any]]
@@ -29,8 +30,11 @@ class SeedData(NamedTuple):
     identities: dict[str, str]
 
 
-def load_seed(config: RunConfig) -> SeedData:
-    """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError."""
+def load_seed(config: RunConfig, *, teaches_judging: bool = True) -> SeedData:
+    """Read the seed data; what cannot be used is set aside, a file without a good row raises DataError.
+
+    `teaches_judging`: whether EFT's groups are to teach it, and so are chosen and scored for that.
+    """
     seed, wanted = config.seed_data, config.evaluation
     loaded = _files(config)
     attacks, requests = data.attacks(), data.requests()
@@ -49,7 +53,9 @@ def load_seed(config: RunConfig) -> SeedData:
     own = [row["prompt"].strip() for row in loaded["prompts"].rows] if config.prompts.file else []
     ift = data.spread(data.of_kinds(loaded["ift"].rows, seed.ift_kinds, "seed_data.ift_kinds"), seed.ift_rows)
     shown = data.of_kinds(ift, config.prompts.demonstration_kinds, "prompts.demonstration_kinds")
-    loaded["eft"] = _to_judge_by(seed, loaded["eft"], ift)
+    groups = loaded["eft"]
+    as_they_came = groups._replace(rows=data.spread(groups.rows, seed.eft_groups))
+    loaded["eft"] = _to_judge_by(seed, groups, ift) if teaches_judging else as_they_came
     return SeedData(
         ift=ift,
         demonstrations=[row["instruction"] for row in shown],

@@ -28,8 +28,8 @@ TINY = (
 def scripted(tmp_path: Path) -> Callable[..., Path]:
     """Run a scripted campaign with overrides; returns its folder."""
 
-    def run(*overrides: str, name: str = "c", observers: Sequence[Any] = ()) -> Path:
-        config = recipes.load("smoke", overrides=[*TINY, *overrides])
+    def run(*overrides: str, name: str = "c", recipe: str = "self_rewarding", observers: Sequence[Any] = ()) -> Path:
+        config = recipes.load(recipe, "smoke", overrides=[*TINY, *overrides])
         with Campaign(tmp_path, name) as campaign, PlainExecutor() as executor:
             campaign.logs.mkdir(exist_ok=True)
             store.write_json(campaign.folder / "config.json", config.model_dump(mode="json"))

@@ -15,7 +15,7 @@ CONFIG = RunConfig.model_validate(
         "evaluation": {"models": "none"},
     }
 )
-ROWS = {"ift": 10, "eft": 20, "evaluation": 7, "heldout": 8}
+ROWS = {"ift": 10, "eft": 20, "evaluation": 7, "heldout": 8, "prompts": 60}
 
 
 def planned(config=CONFIG):
@@ -33,6 +33,17 @@ def test_requests_and_tokens_by_hand():
     assert lines["tokens read"] == 100 * 300 + 60 * (2 * 60 + 4 * 100)
     assert lines["tokens of evaluation"] == 0
     assert lines["tokens trained on"] == (2 * 10 * 120 + 20 * 300) + 60 * 0.6 * 2 * 160
+
+
+def test_a_method_without_a_judge_asks_for_less():
+    lines = planned(
+        CONFIG.model_copy(update={"method": "spin", "responses": CONFIG.responses.model_copy(update={"n": 1})})
+    )
+    assert (lines["requests for prompts"], lines["responses"], lines["judgments"]) == (0, 60, 0)
+    assert lines["tokens generated"] == 60 * 100
+    assert lines["tokens trained on"] == 10 * 120 + 60 * 2 * 160
+    offline = planned(CONFIG.model_copy(update={"method": "dpo"}))
+    assert (offline["responses"], offline["tokens generated"]) == (0, 0)
 
 
 def test_hours_and_disk_by_hand():

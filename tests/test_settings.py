@@ -61,7 +61,7 @@ def test_every_recipe_resolves_at_every_size(name):
     ("override", "told"),
     [
         ("responses.m=8", "responses.n"),
-        ("responses.n=1", "responses.n"),
+        ("responses.n=0", "responses.n"),
         ("responses.n=many", "responses.n"),
         ("judgments.justified=false", "expected"),
         ("prompts.file_share=0.5", "prompts.file"),

@@ -1,6 +1,27 @@
-"""A method is a frozen record: an ordered tuple of steps, and how M_{t+1} is trained. No base class, no registry."""
+"""A method is a frozen record: an ordered tuple of steps, and how M_{t+1} is trained. No base class, no registry.
 
-from srlm_core.methods import self_rewarding
+Each module of this folder that has a METHOD is one; nothing else names it.
+"""
+
+import difflib
+import importlib
+import pkgutil
+
+from srlm_core.config import RunConfig
+from srlm_core.errors import ConfigError
 from srlm_core.methods.record import Method
 
-METHODS: dict[str, Method] = {"self_rewarding": self_rewarding.METHOD}
+_MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES if hasattr(module, "METHOD")}
+
+
+def require_fit(config: RunConfig) -> None:
+    """Refuse a method that there is not, and settings that it cannot work with. Raises ConfigError."""
+    if config.method not in METHODS:
+        near = difflib.get_close_matches(config.method, METHODS, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(METHODS)}."
+        raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
+    refused = METHODS[config.method].refuses(config)
+    if refused:
+        raise ConfigError(refused)

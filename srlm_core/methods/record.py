@@ -1,13 +1,26 @@
 """What a method is made of: steps, each of which turns the tables of one shard into one new table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Engine
 from srlm_core.prompts import Kept
+from srlm_core.seed_data import SeedData
+
+
+class Given(NamedTuple):
+    """What an iteration begins with, before it is cut into shards."""
+
+    wanted: int
+    """Prompts that it is to hold."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """Rows of the user's data that are used in it, at most `wanted`; what is missing the model writes."""
+    note: str = ""
+    """What the user should know of it."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +32,8 @@ class Shard:
     number: int
     wanted: int
     """Prompts this shard is to hold."""
-    own_prompts: tuple[str, ...]
-    """The user's prompts among them."""
+    given: tuple[Mapping[str, Any], ...]
+    """The rows of the user's data among them; see the method's `given`."""
     policy: str
     """Name of M_t."""
     models: Mapping[str, str]
@@ -49,6 +62,8 @@ class Step:
     run: Callable[[Shard], tuple[pa.Table, pa.Table]]
     in_order: bool = False
     """Shards depend on the ones before: made one after the other."""
+    takes_given: bool = False
+    """Reads the shard's `given` rows."""
     texts: Callable[[RunConfig], list[str]] = lambda config: []
     """Identities of text files that its rows depend on, such as a rubric."""
     passes: Callable[[RunConfig], int] = lambda config: 1
@@ -63,6 +78,12 @@ class Method:
     title: str
     source: str
     steps: tuple[Step, ...]
+    given: Callable[[RunConfig, SeedData, int], Given]
+    """What iteration t begins with."""
+    teaches_judging: bool = True
+    """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
+    refuses: Callable[[RunConfig], str | None] = lambda config: None
+    """Say which settings it cannot work with, what it expected and what to do."""
 
     @property
     def trains_on(self) -> str:

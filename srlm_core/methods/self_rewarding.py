@@ -8,20 +8,44 @@ import pyarrow as pa
 
 from srlm_core import judgments, pairs, prompts, responses, schemas
 from srlm_core.config import RunConfig
-from srlm_core.methods.record import Method, Shard, Step
+from srlm_core.methods.record import Given, Method, Shard, Step
+from srlm_core.seed_data import SeedData
+
+
+def given(config: RunConfig, seed: SeedData, t: int) -> Given:
+    """Take the user's own prompts of iteration t; each is used in one iteration only."""
+    wanted = config.prompts.target
+    n_own = round(wanted * config.prompts.file_share)
+    own = seed.own_prompts[(t - 1) * n_own : t * n_own]
+    short = f"iteration {t}: {n_own} prompts wanted from {config.prompts.file}, {len(own)} are left in it"
+    return Given(wanted, [{"prompt": text} for text in own], short if len(own) < n_own else "")
+
+
+def refuses(config: RunConfig) -> str | None:
+    """Refuse a single response: best and worst would be one."""
+    if config.responses.n < 2:
+        return (
+            f"method={config.method} pairs the best response with the worst, got responses.n={config.responses.n}. "
+            "Set responses.n=2 or more."
+        )
+    return None
 
 
 def write_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Take the user's own prompts, then have the generator write the rest."""
     config = shard.config.prompts
     own, own_drops = prompts.take(
-        shard.own_prompts, shard.kept, iteration=shard.iteration, source=f"dataset:{config.file}", wanted=shard.wanted
+        [row["prompt"] for row in shard.given],
+        shard.kept,
+        iteration=shard.iteration,
+        source=f"dataset:{config.file}",
+        wanted=shard.wanted,
     )
     written, drops = prompts.write(
         shard.engine,
         shard.kept,
         config,
-        wanted=shard.wanted - len(shard.own_prompts),
+        wanted=shard.wanted - len(shard.given),
         iteration=shard.iteration,
         shard=shard.number,
         generator=shard.models["generator"],
@@ -65,11 +89,6 @@ def judge(shard: Shard) -> tuple[pa.Table, pa.Table]:
     return schemas.table(rows, schemas.JUDGMENTS), drops
 
 
-def rubrics(config: RunConfig) -> list[str]:
-    """Identify the judge's template."""
-    return [judgments.load_rubric(config.judgments.rubric, justified=config.judgments.justified).identity]
-
-
 def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Average the verdicts and pair best with worst."""
     config = shard.config
@@ -87,17 +106,19 @@ METHOD = Method(
     name="self_rewarding",
     title="Self-Rewarding Language Models",
     source="arXiv:2401.10020",
+    given=given,
+    refuses=refuses,
     steps=(
-        Step("prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True),
+        Step("prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True),
         Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond),
         Step(
             "judgments",
             ("prompts", "responses"),
             "judge",
             judgments.VERSION,
-            ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.sampling"),
+            judgments.SETTINGS,
             judge,
-            texts=rubrics,
+            texts=judgments.texts,
             passes=lambda config: config.judgments.k,
         ),
         Step(

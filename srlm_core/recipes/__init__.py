@@ -30,7 +30,10 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Recipe:
-    """Read a recipe by name, or by the path of a TOML file. Raises ConfigError, naming the near ones."""
+    """Read a recipe by name, or by the path of a TOML file, laid over the one that it extends.
+
+    Raises ConfigError, naming the near ones.
+    """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         known = [*names(), *SHORTCUTS]
@@ -41,8 +44,11 @@ def read(name: str) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"expected TOML in {path}, got: {error}.") from error
-    sizes = content.pop("sizes", {})
-    return Recipe(path.stem, content, sizes)
+    sizes, extends = content.pop("sizes", {}), content.pop("extends", None)
+    if extends is None:
+        return Recipe(path.stem, content, sizes)
+    under = read(extends)
+    return Recipe(path.stem, merge(under.common, content), merge(under.sizes, sizes))
 
 
 def load(name: str, size: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
