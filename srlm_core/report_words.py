@@ -57,7 +57,7 @@ def headline(found: Summary, matches: Matches, by_length: Matches, judge: str | 
         "In short": what,
         "The judge": [*_first_judge(found), *_change_of_judge(found)],
         "Who wins": _who_wins(found, matches, judge),
-        "Longer or better": _longer_or_better(found, by_length),
+        "Longer or better": _longer_or_better(found, matches, by_length),
         "Kinder or better": _generosity(found),
     }
     return [(about, " ".join(sentences)) for about, sentences in said.items() if sentences]
@@ -125,6 +125,12 @@ def _who_wins(found: Summary, matches: Matches, judge: str | None) -> list[str]:
     for other in _opponents(found, matches):
         last = policies(found)[-1]
         tally = matches[last, other]
+        if _only_the_order_told(tally):
+            sentences.append(
+                f"Of {last} against {other} nothing is known: {judge} changed its verdict with the order on all of the "
+                f"{tally['win']['n']} prompts, which makes each of them a tie."
+            )
+            continue
         points = Measured(*(tally["win_or_half_tie"][key] for key in ("value", "stderr", "n")))
         won, tied, lost = (f"{tally[key]['value']:.0%}" for key in ("win", "tie", "lose"))
         verdict = {1: f"{last} wins", 0: "that is even, as far as two standard errors can tell", -1: f"{last} loses"}
@@ -135,6 +141,10 @@ def _who_wins(found: Summary, matches: Matches, judge: str | None) -> list[str]:
     return sentences
 
 
+def _only_the_order_told(tally: Mapping[str, Any]) -> bool:
+    return tally["flip_rate"]["value"] == 1
+
+
 def _opponents(found: Summary, matches: Matches) -> list[str]:
     """Whom the last model met, of sft_baseline, M1 and the model before it."""
     loop = policies(found)
@@ -142,7 +152,7 @@ def _opponents(found: Summary, matches: Matches) -> list[str]:
     return [other for other in dict.fromkeys(wanted) if loop and (loop[-1], other) in matches]
 
 
-def _longer_or_better(found: Summary, by_length: Matches) -> list[str]:
+def _longer_or_better(found: Summary, matches: Matches, by_length: Matches) -> list[str]:
     loop = policies(found)
     if len(loop) < 2:
         return []
@@ -159,6 +169,8 @@ def _longer_or_better(found: Summary, by_length: Matches) -> list[str]:
     )
     text = f"The answers of {last} {size} those of {first} ({after:.0f} tokens on average, against {before:.0f})"
     for other in _opponents(found, by_length):
+        if _only_the_order_told(matches[last, other]):
+            continue
         split = by_length[last, other]
         longer, rest = (Measured(**split[name]) if split[name]["n"] else None for name in ("longer", "not_longer"))
         if longer and rest:

@@ -267,6 +267,19 @@ def test_a_head_to_head_that_nobody_could_judge_is_no_win(tmp_path):
     assert summary.model_metrics(folder, "M2")["evaluation/win_rate_vs_M1_n"] == 0
 
 
+def test_a_judge_that_only_looks_at_the_order_says_nothing_of_who_is_better(tmp_path):
+    folder = made_up.campaign(tmp_path)
+    shares = {"win": 0.0, "tie": 1.0, "lose": 0.0, "win_or_half_tie": 0.5, "flip_rate": 1.0, "longer": 0.5}
+    tied = {key: made_up.rate(share, 0.0, 40) for key, share in shares.items()}
+    store.write_json(
+        folder / "evaluation" / "head_to_head" / "results.json", {"judge": "M0", "comparisons": {"M2_vs_M1": tied}}
+    )
+    said = " ".join(" ".join(text.split()) for _, text in report.gather(folder)["headline"])
+    assert "Of M2 against M1 nothing is known: M0 changed its verdict with the order on all of the 40 prompts" in said
+    assert "even, as far as" not in said
+    assert "scores 0.50" not in said
+
+
 def test_the_scripted_engine_is_said_to_prove_nothing(tmp_path):
     html, _ = written(made_up.campaign(tmp_path, engine={"kind": "scripted"}))
     assert "nothing about language models" in html
