@@ -332,9 +332,9 @@ class SuitesConfig(Settings):
     """Longest written verdict. One that is cut off is null."""
 
     @property
-    def taken(self) -> bool:
-        """Whether any benchmark is taken."""
-        return any((self.alpaca_eval, self.arena_hard, self.ifeval, self.mt_bench, self.capability))
+    def answered(self) -> bool:
+        """Whether any benchmark is taken whose answers `sampling` draws; a capability task says itself how."""
+        return any((self.alpaca_eval, self.arena_hard, self.ifeval, self.mt_bench))
 
 
 class EvaluationConfig(Settings):
@@ -411,7 +411,7 @@ class RunConfig(Settings):
             ("responses.sampling", self.responses.sampling),
             ("judgments.sampling", self.judgments.sampling),
             ("evaluation.sampling", self.evaluation.sampling),
-            *([("evaluation.suites.sampling", suites.sampling)] if suites.taken else []),
+            *([("evaluation.suites.sampling", suites.sampling)] if suites.answered else []),
             *([("seed_data.eft_sampling", self.seed_data.eft_sampling)] if self.seed_data.eft_is_judged else []),
         ):
             if sampling.max_tokens >= self.engine.context:

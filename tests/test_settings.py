@@ -80,6 +80,12 @@ def test_passes_without_justification_need_k_1():
         recipes.load("smoke", overrides=["judgments.reading=expected", "judgments.justified=false", "judgments.k=3"])
 
 
+def test_only_a_benchmark_that_draws_answers_needs_room_for_them():
+    assert recipes.load("demo", overrides=["evaluation.suites.capability=['arc_easy']"]).engine.context == 1024
+    with pytest.raises(ConfigError, match=r"evaluation.suites.sampling.max_tokens=1024 leaves no room"):
+        recipes.load("demo", overrides=["evaluation.suites.ifeval=questions.jsonl"])
+
+
 def test_a_recipe_that_does_not_exist_names_the_near_ones():
     with pytest.raises(ConfigError, match="self_rewarding"):
         recipes.load("self_rewording")
