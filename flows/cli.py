@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from srlm_core import table
-
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Self-rewarding language models: run the loop, look at what it made, compare.",
@@ -131,7 +129,7 @@ def report(
 ) -> None:
     """Write a campaign's report again, and say where it is."""
     from flows.looking import folder_of
-    from srlm_core import publishing
+    from srlm_core import publishing, table
     from srlm_core.report import write_report
 
     folder = folder_of(root, campaign)
@@ -159,6 +157,7 @@ def compare(
 ) -> None:
     """Put campaigns side by side, model by model, and write a page of what differs and by how much."""
     from flows.looking import compared
+    from srlm_core import table
 
     rows, page = compared(root, campaigns)
     typer.echo(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from srlm_core import table
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import StoreError
-from srlm_core.methods import METHODS
+from srlm_core.methods import METHODS, require_fit
 from srlm_core.plan import Line, of_this_machine, plan
 from srlm_core.seed_data import load_seed
 
@@ -47,9 +47,13 @@ def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]]
 
 
 def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
-    """Plan a campaign from its config and the model's files, loading nothing."""
+    """Plan a campaign from its config and the model's files, loading nothing.
+
+    Raises ConfigError for settings that the method cannot work with.
+    """
     from srlm_core.engines import models
 
+    require_fit(config)
     if config.engine.kind == "scripted":
         parameters, size = 1, 1
     elif config.model.path == DEMO_MODEL:

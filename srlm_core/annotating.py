@@ -4,7 +4,7 @@ No model judges its own answers unawares: where it does, the results say so.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def _judged_suites(run: Run) -> Mapping[str, Taken]:
     return {name: taken for name, taken in run.seed_data.suites.items() if taken.suite.judged}
 
 
-def _joined(paths: Iterator[Path] | Sequence[Path]) -> pa.Table:
+def _joined(paths: Iterable[Path]) -> pa.Table:
     return pa.concat_tables(store.read_part(path) for path in paths)
 
 

@@ -29,14 +29,15 @@ def bootstrap(run: Run) -> None:
     Where the method needs no judge, M1 is sft_baseline.
     """
     folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
-    _forget_seed_data(folder, judged=config.seed_data.eft_is_judged)
+    teaches_judging = METHODS[config.method].teaches_judging
+    _forget_seed_data(folder, judged=teaches_judging and config.seed_data.eft_is_judged)
     for name, lines in seed.set_aside.items():
         _keep_set_aside(run, name, lines)
     with run.phase("base model"):
         base = run.base
     ift = _seed_rows(folder / "ift.parquet", training.ift_examples(seed.ift))
     teach(run, Lesson(BASELINE, "sft", lambda: [ift], config.training.sft, base, None, folder))
-    if METHODS[config.method].teaches_judging:
+    if teaches_judging:
         eft_rows = _eft_rows(run, folder)
         teach(run, Lesson("M1", "sft", lambda: [ift, eft_rows], config.training.sft, base, None, folder))
     else:

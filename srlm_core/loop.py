@@ -171,7 +171,7 @@ def _make_part(
             "iteration": shard.iteration, "shard": shard.number,
             "engine": settings.pick(run.config, settings.ENGINE) if model else None,
             "model": [model.name, model.digest] if model else None,
-            "slice": [shard.wanted, *map(dict, shard.given)] if step.in_order or step.takes_given else None,
+            "slice": [shard.wanted, *map(dict, shard.given)] if step.takes_given else None,
             "seed_data": run.seed_data.identities if step.in_order else None,
             "inputs": [made.identity for made in inputs.values()],
             "previous": [work.result().identity for work in previous],
@@ -224,6 +224,8 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
             "No judgment could be read: set judgments.reading=guided or expected, "
             "or raise judgments.sampling.max_tokens."
         )
+    if judged is None:
+        return "Where responses were cut, raise responses.sampling.max_tokens; else give other data."
     if judged == 0:
         return "No response could be judged: raise engine.context or responses.sampling.max_tokens."
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."

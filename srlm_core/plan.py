@@ -103,10 +103,12 @@ def plan(
         Line("tokens of evaluation", evaluated, "tokens", f"{models} models"),
     ]
     epochs = config.training.sft.epochs
-    taught = 2 * seed_rows["ift"] * 120 + seed_rows["eft"] * (RUBRIC_TOKENS + 120)
-    sft = epochs * (taught if METHODS[config.method].teaches_judging else seed_rows["ift"] * 120)
+    instructed, judged = seed_rows["ift"] * 120, seed_rows["eft"] * (RUBRIC_TOKENS + 120)
+    teaches_judging = METHODS[config.method].teaches_judging
+    sft = epochs * (2 * instructed + judged if teaches_judging else instructed)
     dpo = its * config.training.dpo.epochs * target * paired * 2 * (ASSUMED_PROMPT_TOKENS + answer)
-    how = f"SFT of the baseline and M1 + DPO on {paired:.0%} of the prompts, both sides"
+    sfts = "SFT twice (baseline, M1)" if teaches_judging else "SFT once"
+    how = f"{sfts} + DPO on {paired:.0%} of the prompts, both sides"
     lines.append(Line("tokens trained on", sft + dpo, "tokens", how))
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 

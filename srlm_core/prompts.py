@@ -172,9 +172,9 @@ class _Shard(NamedTuple):
 
 
 def given(texts: Sequence[str], *, iteration: int, source: str) -> tuple[pa.Table, pa.Table]:
-    """Lay out prompts that are to be used as they are, in order, each once; rows PROMPTS and DROPS."""
+    """Lay out different prompts that are to be used as they are, in order; rows PROMPTS and DROPS."""
     shard = _Shard(iteration, "", [], [])
-    for text in dict.fromkeys(texts):
+    for text in texts:
         shard.keep(text, source)
     return shard.tables()
 

@@ -373,7 +373,6 @@ def _samples(folder: Path, found: Summary, shown: int) -> list[dict[str, Any]]:
 def _told(folder: Path, story: Story) -> dict[str, Any]:
     """A story laid out for a template."""
     prompt = story.prompt
-    ids = {"chosen": story.pairs[0]["chosen_id"], "rejected": story.pairs[0]["rejected_id"]} if story.pairs else {}
     return {
         "id": prompt["prompt_id"],
         "source": prompt["source"] + (f", written by {prompt['generator']}" if prompt["generator"] else ""),
@@ -381,8 +380,8 @@ def _told(folder: Path, story: Story) -> dict[str, Any]:
         "messages": [{"role": m["role"], "text": _cut(m["content"])} for m in prompt["messages"]],
         "fate": story.fate(),
         "trained": [model for pair in story.pairs for model in trained(folder, pair["pair_id"])],
-        "pair": ids,
         "responses": [_told_response(story, row) for row in story.responses],
+        "brought": [{"role": role, "text": _cut(text)} for role, text in story.brought()],
     }
 
 

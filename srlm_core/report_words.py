@@ -69,7 +69,9 @@ def _what_it_was(found: Summary) -> list[str]:
     if not pairs:
         return [f"This campaign{of} has made no pairs yet."]
     made = " and ".join(f"{count} in iteration {t} (for M{t + 1})" for t, count in pairs.items())
-    return [f"In this campaign{of} the model made its own pairs to train on: {made}."]
+    judged = any(counts.readable.n for counts in found.iterations.values())
+    who = "the model made its own pairs to train on" if judged else "these pairs were made to train on"
+    return [f"In this campaign{of} {who}: {made}."]
 
 
 _ACCURACY = "evaluation/judge_pairwise_accuracy"

@@ -55,6 +55,12 @@ class Story(NamedTuple):
                     return role
         return None
 
+    def brought(self) -> list[tuple[str, str]]:
+        """List (role, text) of the sides of a pair that no model sampled here, such as people's answers."""
+        sampled = {response["response_id"] for response in self.responses}
+        roles = ("chosen", "rejected")
+        return [(role, pair[role]) for pair in self.pairs for role in roles if pair[f"{role}_id"] not in sampled]
+
     def why_not(self, row_id: str) -> str | None:
         """The reason why a prompt or response was left out, or None."""
         return ", ".join(f"{drop['stage']}: {drop['reason']}" for drop in self.drops.get(row_id, [])) or None
@@ -241,7 +247,9 @@ def show(campaign_folder: Path, prompt_id: str) -> str:
     lines = [*_prompt_lines(story), ""]
     for response in story.responses:
         lines += [*_response_lines(story, response), ""]
-    if not story.responses:
+    for role, text in story.brought():
+        lines += [f"{role}, as it stands in the pair", *_indent(text, "  │ "), ""]
+    if not story.responses and not story.pairs:
         lines += ["No responses yet.", ""]
     return "\n".join([*lines, *_end_lines(campaign_folder, story)])
 

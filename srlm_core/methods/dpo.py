@@ -5,7 +5,7 @@ No response is sampled and none is judged: one training on the best against the 
 
 import pyarrow as pa
 
-from srlm_core import data, pairs, prompts, schemas
+from srlm_core import data, pairs, prompts, schemas, sources
 from srlm_core.config import RunConfig
 from srlm_core.methods.record import Given, Method, Shard, Step
 from srlm_core.pairs import Side
@@ -15,7 +15,7 @@ from srlm_core.store import digest
 
 def given(config: RunConfig, seed: SeedData, t: int) -> Given:
     """Take the ranked groups that do not measure."""
-    rows = data.spread(seed.eft, config.prompts.target)
+    rows = data.spread(sources.first_of_each(seed.eft, "prompt"), config.prompts.target)
     return Given(len(rows), rows)
 
 
@@ -39,7 +39,7 @@ def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
 
     A group of one rank never comes here: the reader sets it aside, it prefers nothing.
     """
-    ranked = {row["prompt"]: row["responses"] for row in reversed(shard.given)}
+    ranked = {row["prompt"]: row["responses"] for row in shard.given}
     rows: list[dict[str, object]] = []
     for prompt in shard.inputs["prompts"].to_pylist():
         asked = schemas.prompt_text(prompt["messages"])

@@ -6,7 +6,7 @@ loss is DPO's with M_t as reference and beta as the paper's lambda (section 4.1)
 
 import pyarrow as pa
 
-from srlm_core import data, pairs, prompts, responses, schemas
+from srlm_core import data, pairs, prompts, responses, schemas, sources
 from srlm_core.config import RunConfig
 from srlm_core.methods.record import Given, Method, Shard, Step
 from srlm_core.pairs import Side
@@ -16,7 +16,7 @@ from srlm_core.store import digest
 
 def given(config: RunConfig, seed: SeedData, t: int) -> Given:
     """Take the instructions that M1 learnt from, the same in each iteration (algorithm 1)."""
-    rows = data.spread(seed.ift, config.prompts.target)
+    rows = data.spread(sources.first_of_each(seed.ift, "instruction"), config.prompts.target)
     return Given(len(rows), rows)
 
 
@@ -48,7 +48,7 @@ def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
 
     A response that was cut has no end, which would give it away, and one that is people's own teaches nothing.
     """
-    human = {row["instruction"]: row["response"] for row in reversed(shard.given)}
+    human = {row["instruction"]: row["response"] for row in shard.given}
     own = {row["prompt_id"]: row for row in shard.inputs["responses"].to_pylist()}
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []

@@ -29,11 +29,13 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read(name: str) -> Recipe:
+def read(name: str, above: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by name, or by the path of a TOML file, laid over the one that it extends.
 
-    Raises ConfigError, naming the near ones.
+    Raises ConfigError, naming the near ones. `above`: the recipes that extend it.
     """
+    if name in above:
+        raise ConfigError(f"expected a recipe that extends another, got a circle: {' > '.join([*above, name])}.")
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         known = [*names(), *SHORTCUTS]
@@ -47,7 +49,7 @@ def read(name: str) -> Recipe:
     sizes, extends = content.pop("sizes", {}), content.pop("extends", None)
     if extends is None:
         return Recipe(path.stem, content, sizes)
-    under = read(extends)
+    under = read(extends, (*above, name))
     return Recipe(path.stem, merge(under.common, content), merge(under.sizes, sizes))
 
 

@@ -5,6 +5,7 @@ A row that cannot be used is set aside with its reason, and the rest goes on. `r
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +66,17 @@ def read(where: str, *, language: str = "en") -> Source:
         _take(source, found)
     if messages:
         _take(source, oasst.read_trees(messages, language))
-    first: dict[str, dict[str, Any]] = {}
-    for row in source.prompts:
-        first.setdefault(row["prompt"], row)
-    source.prompts = list(first.values())
+    source.prompts = first_of_each(source.prompts, "prompt")
     source.form = seen.most_common(1)[0][0] if seen else ""
     return source
+
+
+def first_of_each(rows: Iterable[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """Take the first row of those that have the same under a column, in order."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row[column], row)
+    return list(first.values())
 
 
 def _take(source: Source, found: Found) -> None:

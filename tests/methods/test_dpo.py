@@ -2,11 +2,7 @@
 
 import json
 
-import pytest
-
-from srlm_core import recipes, store
-from srlm_core.backend import resolve
-from srlm_core.errors import ConfigError
+from srlm_core import report, show, store
 
 
 def groups(path):
@@ -36,23 +32,10 @@ def test_best_against_worst_of_each_group_and_no_engine(tmp_path, scripted):
     assert "Which is it?" in aside["text"]
     assert store.read_json(folder / "models" / "M2" / "complete.json")["rows"] == 6
     assert started == []
-
-
-def test_more_than_one_iteration_is_refused():
-    with pytest.raises(ConfigError, match=r"method=dpo trains once .* got iterations=2\. Set iterations=1"):
-        resolve(recipes.load("dpo", "smoke", ["iterations=2"]))
-
-
-def test_spin_takes_one_response():
-    with pytest.raises(ConfigError, match=r"method=spin .* got responses\.n=4"):
-        resolve(recipes.load("spin", "smoke", ["responses.n=4"]))
-
-
-def test_a_method_that_is_not_there_is_refused_with_the_near_ones():
-    with pytest.raises(ConfigError, match=r"got 'self_reward'\. Did you mean self_rewarding\?"):
-        resolve(recipes.load("self_rewarding", "smoke", ["method=self_reward"]))
-
-
-def test_self_rewarding_needs_two_responses():
-    with pytest.raises(ConfigError, match=r"got responses\.n=1"):
-        resolve(recipes.load("self_rewarding", "smoke", ["responses.n=1"]))
+    told = show.show(folder, pairs[0]["prompt_id"])
+    assert "chosen, as it stands in the pair\n  │ best 0" in told
+    assert "No responses yet" not in told
+    report.write_report(folder)
+    page = (folder / "report" / "report.md").read_text()
+    assert "these pairs were made to train on: 6 in iteration 1" in page
+    assert "worst 3" in page

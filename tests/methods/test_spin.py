@@ -66,7 +66,8 @@ def test_it_asks_as_the_trainer_lays_out():
 
 def test_a_campaign_trains_on_the_last_two_iterations_and_m1_is_the_baseline(tmp_path, scripted):
     ift = tmp_path / "ift.jsonl"
-    ift.write_text("".join(f"{json.dumps(row)}\n" for row in GIVEN))
+    again = {**GIVEN[0], "response": "A second answer to what was asked before."}
+    ift.write_text("".join(f"{json.dumps(row)}\n" for row in [*GIVEN, again]))
     sets = (f"seed_data.ift={json.dumps(str(ift))}", "evaluation.models=policy", "iterations=3")
     folder = scripted(*sets, recipe="spin", name="spin")
     first, baseline = (store.read_json(folder / "models" / name / "complete.json") for name in ("M1", "sft_baseline"))
