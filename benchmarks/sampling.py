@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, Self
 from benchmarks.bare import Asked, Bare
 from benchmarks.sides import Comparison, arithmetic, in_turn, say, stopwatch
 from benchmarks.workload import engine, instructions, small_model
-from srlm_core import loop, store
+from srlm_core import store
 from srlm_core.backend import make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.engines.models import describe
 from srlm_core.engines.protocol import Completion, Engine, Request
 from srlm_core.executor import PlainExecutor
 from srlm_core.run import Run
+from srlm_core.shards import make_datasets
 from srlm_core.store import Campaign
 
 
@@ -50,16 +51,15 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
     with (
         Campaign(folder, "sampling") as campaign, PlainExecutor(29) as executor, Bare(config.engine, model) as bare,
     ):  # fmt: skip
-        recorder = Recorder(backend.open(backend.base()))
-        run = Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
-        campaign.logs.mkdir()
-        with run.engines() as lend:
-            lend(run.base).live()
+        with backend.open(backend.base()) as engine:  # started once, for all rounds
+            recorder = Recorder(engine)
+            run = Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
+            campaign.logs.mkdir()
 
             def ours(r: int) -> float:
                 recorder.seen.clear()
                 with stopwatch() as seconds:
-                    loop.make_datasets(run, r + 1, run.base, lend)
+                    make_datasets(run, r + 1, run.base)
                     took = seconds()
                 seen[r] = list(recorder.seen)
                 return took
@@ -108,11 +108,10 @@ class Recorder:
         return getattr(self.engine, name)
 
     def __enter__(self) -> Self:
-        self.engine.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.engine.__exit__(*exc)
+        """Stay open: the next round asks it, too."""
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         asked: Sequence[Request] = list(requests)

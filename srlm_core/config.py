@@ -1,5 +1,6 @@
 """One frozen tree of settings; the defaults are the paper's (arXiv:2401.10020), each with its unit and section."""
 
+import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -233,9 +234,35 @@ class PairsConfig(Settings):
     """Let a response that was cut at max_tokens be rejected. It is never chosen."""
     min_margin: float = Field(default=0.0, ge=0)
     """Smallest score difference of a pair, rubric points. 0 = any difference (the paper)."""
+    length_control: float = Field(default=0.0, ge=0, lt=0.5)
+    """rho of Meta-Rewarding (arXiv:2407.19594): of the scores within this share of the range from the top the shortest
+    response is chosen, of those within it from the bottom the longest is rejected; from 0.5 on the two would overlap.
+    0 = highest against lowest."""
+    max_chosen_chars: int | None = Field(default=None, ge=1)
+    """A longer response is never chosen, characters (arXiv:2407.19594: 2,500 in the first iteration); null = off."""
     max_repetition: float = Field(default=0.5, ge=0, le=1)
     """A response whose word 4-grams repeat more than this share is never chosen (arXiv:2404.03715 section 5.1);
     1 = off."""
+
+
+class MetaConfig(Settings):
+    """The judge of judgments (Meta-Rewarding, arXiv:2407.19594); for method `meta_rewarding`."""
+
+    trains_judge: bool = True
+    """Compare judgments and train on the better ones, too; False = on responses alone (their iterations 3 and 4)."""
+    reading: Literal["text", "expected"] = "text"
+    """`text`: an explanation whose last line names the winner (the paper). `expected`: p(A wins), read off."""
+    rubric: str = "meta"
+    """Name of a template in srlm_core/rubrics, or the path of your own."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.8, top_p=0.95, max_tokens=512)
+    """How comparisons are drawn."""
+    regularisation: float = Field(default=0.1, gt=0)
+    """L2 term of the ratings, ours: without one, a judgment that wins all or none has no finite rating."""
+    max_chosen_chars: int | None = Field(default=None, ge=1)
+    """Drop a pair whose chosen judgment is longer, characters (theirs: 1,100, then 1,000); null = off."""
+    max_score_share: float = Field(default=1.0, gt=0, le=1)
+    """Largest share of the pairs whose chosen judgments give one score, against a judge that learns to give it always;
+    1 = off. Ours."""
 
 
 class OptimizerConfig(Settings):
@@ -371,6 +398,15 @@ class EvaluationConfig(Settings):
     """Published benchmarks."""
 
 
+class Scheduled(Settings):
+    """Settings that change on the way."""
+
+    iteration: int = Field(ge=2)
+    """The first iteration in which they hold; they hold in later ones, too."""
+    set: dict[str, Any]
+    """Dotted names to values, such as `{ "pairs.length_control" = 0.32 }`."""
+
+
 class TrackingConfig(Settings):
     """MLflow and Prefect; neither is needed."""
 
@@ -392,6 +428,9 @@ class RunConfig(Settings):
     """Every random choice derives from it."""
     iterations: int = Field(default=2, ge=0)
     """DPO iterations: 2 ends at M3 (section 3.2)."""
+    schedule: tuple[Scheduled, ...] = ()
+    """What changes from some iteration on: settings of `responses`, `judgments`, `pairs`, `training.dpo` and the
+    method's own."""
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     seed_data: SeedDataConfig = SeedDataConfig()
@@ -399,6 +438,7 @@ class RunConfig(Settings):
     responses: ResponsesConfig = ResponsesConfig()
     judgments: JudgmentsConfig = JudgmentsConfig()
     pairs: PairsConfig = PairsConfig()
+    meta: MetaConfig = MetaConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -411,6 +451,7 @@ class RunConfig(Settings):
             ("responses.sampling", self.responses.sampling),
             ("judgments.sampling", self.judgments.sampling),
             ("evaluation.sampling", self.evaluation.sampling),
+            *([("meta.sampling", self.meta.sampling)] if self.method == "meta_rewarding" else []),
             *([("evaluation.suites.sampling", suites.sampling)] if suites.answered else []),
             *([("seed_data.eft_sampling", self.seed_data.eft_sampling)] if self.seed_data.eft_is_judged else []),
         ):
@@ -421,12 +462,40 @@ class RunConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _what_is_scheduled_can_be_set(self) -> "RunConfig":
+        for change in self.schedule:
+            for name in change.set:
+                if not name.startswith(SCHEDULABLE):
+                    raise ValueError(
+                        f"schedule: expected settings under {', '.join(SCHEDULABLE)}, got {name!r} for iteration "
+                        f"{change.iteration}: it is the same for a whole campaign."
+                    )
+            self.at(change.iteration)
+        return self
+
+    def at(self, t: int) -> "RunConfig":
+        """Return the settings as they are in iteration t: the schedule is carried out, and gone."""
+        if not self.schedule:
+            return self
+        settings = self.model_dump(exclude={"schedule"})
+        for change in sorted(self.schedule, key=lambda change: change.iteration):
+            for name, value in change.set.items() if change.iteration <= t else ():
+                *nodes, last = name.split(".")
+                functools.reduce(lambda node, key: node.setdefault(key, {}), nodes, settings)[last] = value
+        return type(self).model_validate(settings)
+
+
+SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "training.dpo.")
+"""Where settings lie that may change from iteration to iteration."""
+
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe file, for editors: settings for all sizes, and `sizes` that change some."""
     settings = RunConfig.model_json_schema()
     description = {"type": "string", "description": "What this size is for, how long it takes."}
-    size = {"type": "object", "properties": {**settings["properties"], "description": description}}
+    like = {"type": "string", "description": "Another size of the recipe, whose settings hold where this says nothing."}
+    size = {"type": "object", "properties": {**settings["properties"], "description": description, "like": like}}
     sizes = {"type": "object", "additionalProperties": size}
     extends = {"type": "string", "description": "Recipe whose settings and sizes hold where this one says nothing."}
     properties = {"extends": extends, **settings["properties"], "sizes": sizes}

@@ -64,6 +64,8 @@ class IterationCounts:
     score_and_length: Counter[tuple[float, int]] = field(default_factory=Counter)
     """(score to a hundredth, tokens) to responses: all that a rank correlation needs."""
     pairs: int = 0
+    """Pairs of responses."""
+    judgment_pairs: int = 0
     paired_prompts: int = 0
     margin: Mean = field(default_factory=Mean)
     chosen_tokens: Mean = field(default_factory=Mean)
@@ -113,7 +115,7 @@ _COLUMNS = {
     "prompts": ("prompt_id",),
     "responses": ("response_id", "response", "n_tokens", "finish_reason"),
     "judgments": ("target_id", "index", "form", "verdict", "unreadable_reason"),
-    "pairs": ("prompt_id", "chosen_id", "rejected_id", "chosen_score", "rejected_score"),
+    "pairs": ("prompt_id", "kind", "chosen_id", "rejected_id", "chosen_score", "rejected_score"),
 }
 
 
@@ -165,9 +167,12 @@ def _count_judgments(
 
 
 def _count_pairs(counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, int]) -> None:
-    counts.pairs += rows.num_rows
-    counts.paired_prompts += len(set(rows["prompt_id"].to_pylist()))
-    for row in rows.to_pylist():
+    found = rows.to_pylist()
+    of_responses = [row for row in found if row["kind"] == "response"]
+    counts.pairs += len(of_responses)
+    counts.judgment_pairs += len(found) - len(of_responses)
+    counts.paired_prompts += len({row["prompt_id"] for row in of_responses})
+    for row in of_responses:
         if row["chosen_score"] is not None and row["rejected_score"] is not None:
             counts.margin.add(row["chosen_score"] - row["rejected_score"])
         for side, tally in (("chosen_id", counts.chosen_tokens), ("rejected_id", counts.rejected_tokens)):

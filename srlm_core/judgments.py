@@ -28,7 +28,7 @@ SETTINGS = ("judgments.reading", "judgments.justified", "judgments.rubric", "jud
 RUBRICS = Path(__file__).parent / "rubrics"
 POINTS = ("0", "1", "2", "3", "4", "5")
 
-_TAGS = re.compile(r"<\s*(/?)\s*(request|response)\s*>", re.IGNORECASE)
+_TAGS = re.compile(r"<\s*(/?)\s*(request|response|judgment|rubric)\s*>", re.IGNORECASE)
 # a marker followed by a number, however odd the number is …
 _MARKED = re.compile(r"\bscore\W{0,3}[:=][\s*_<\[(]*(?=[+-]?\d)", re.IGNORECASE)
 # … and the numbers that are read: matched whole, never the first digit; no range, no decimal comma;
@@ -94,9 +94,12 @@ def defuse(text: str) -> str:
     return _TAGS.sub(r"‹\1\2›", text.strip())
 
 
-def load_rubric(name: str, *, justified: bool | None) -> Rubric:
+def load_rubric(
+    name: str, *, justified: bool | None, kind: str = "", asks_with: Sequence[str] = ("prompt", "response")
+) -> Rubric:
     """Load a template by name or path; `justified` chooses its format line (None: it needs none).
 
+    `kind` begins the name of the format line's file, `asks_with` are the placeholders that the template must have.
     Raises ConfigError where there is no such template, or it lacks a placeholder.
     """
     path = RUBRICS / f"{name}.txt"
@@ -107,13 +110,11 @@ def load_rubric(name: str, *, justified: bool | None) -> Rubric:
         raise ConfigError(f"judgments.rubric: expected one of {known} or the path of a text file, got {name!r}.")
     template = path.read_text(encoding="utf-8").strip()
     if justified is not None:
-        form = (RUBRICS / ("format_justified.txt" if justified else "format_score.txt")).read_text(encoding="utf-8")
+        form = (RUBRICS / f"format_{kind}{'justified' if justified else 'score'}.txt").read_text(encoding="utf-8")
         template = template.replace("{{format}}", form.strip())
-        for placeholder in ("{{prompt}}", "{{response}}"):
+        for placeholder in (f"{{{{{text}}}}}" for text in asks_with):
             if placeholder not in template:
-                raise ConfigError(
-                    f"judgments.rubric {name!r}: expected the placeholder {placeholder}, it is not there."
-                )
+                raise ConfigError(f"rubric {name!r}: expected the placeholder {placeholder}, it is not there.")
     return Rubric(path.stem, template)
 
 

@@ -4,27 +4,22 @@ M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, frozen_judge, measuring, prompts, schemas, settings, store, training
+from srlm_core import annotating, frozen_judge, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
-from srlm_core.engines.on_demand import OnDemand
-from srlm_core.engines.protocol import Engine
 from srlm_core.errors import NothingLeft
-from srlm_core.executor import Pending, Work
 from srlm_core.lesson import Lesson, teach
-from srlm_core.methods import METHODS
-from srlm_core.methods.record import Given, Shard, Step
 from srlm_core.run import BASELINE, Run
-from srlm_core.store import Made, digest, materialize, part_path
+from srlm_core.shards import make_datasets
+from srlm_core.store import Made
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
@@ -42,16 +37,12 @@ def self_reward(run: Run) -> None:
 def iterate(run: Run, t: int) -> None:
     """Iteration t: M_t is evaluated, writes prompts, answers and judges; M_{t+1} is trained on what that made."""
     policy = run.model(f"M{t}")
-    with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
-        started = measuring.submit(run, policy, lend)
-        made = make_datasets(run, t, policy, lend)
-        measuring.finish(run, policy, started)
+    with run.phase(f"iteration {t}: sampling and judging"):
+        made = make_datasets(run, t, policy)
     _require_rows(run, t, made)
-    parts = _parts_to_train_on(run, t, made)
-    reference = _anchor(run, run.config.training.dpo.reference, policy)
-    init = _anchor(run, run.config.training.dpo.init_from, policy)
-    folder = run.campaign.iteration(t)
-    how = run.config.training.dpo
+    folder, how = run.campaign.iteration(t), run.config.at(t).training.dpo
+    parts = _parts_to_train_on(run, t, how.data, made)
+    reference, init = _anchor(run, how.reference, policy), _anchor(run, how.init_from, policy)
     with annotating.meanwhile(run, policy):
         teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
     run.tell("iteration", t=t)
@@ -86,119 +77,13 @@ def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[
     return store.read_json(run.campaign.folder / "evaluation" / model.name / "results.json")
 
 
-# --- the stages of an iteration -------------------------------------------------------------------------------------
-
-
-def make_datasets(run: Run, t: int, policy: Model, lend: Callable[[Model], OnDemand]) -> dict[str, list[Made]]:
-    """Send every shard through the method's steps. A shard is judged while the next ones are still being sampled."""
-    method, config = METHODS[run.config.method], run.config
-    roles = {
-        "policy": policy,
-        "generator": run.role(config.prompts.generator, policy),
-        "judge": run.role(config.judgments.judge, policy),
-    }
-    kept = _kept_before(run, t)
-    pending: dict[str, list[Pending[Made]]] = {step.makes: [] for step in method.steps}
-    slices = _slices(run, method.given(config, run.seed_data, t))
-    for step in method.steps:
-        run.tell("shards", stage=step.makes, iteration=t, total=len(slices))
-    for number, (wanted, given) in enumerate(slices):
-        shard = Shard(
-            config=config, iteration=t, number=number, wanted=wanted, given=given, policy=policy.name,
-            models={role: model.name for role, model in roles.items()}, engine=_NO_ENGINE, kept=kept,
-        )  # fmt: skip
-        for step in method.steps:
-            model = roles[step.role] if step.role else None
-            reads = {name: pending[name][number] for name in step.reads}
-            previous = pending[step.makes][-1:] if step.in_order else []
-            name = f"{step.makes} {t}.{number + 1}/{len(slices)}"
-            make = partial(_make_part, run, step, shard, model, lend, reads, previous)
-            pending[step.makes].append(run.executor.submit(Work(step.makes, name, make), [*reads.values(), *previous]))
-            if step.in_order:
-                _remember(kept, pending[step.makes][-1].result())
-    made = {name: [work.result() for work in works] for name, works in pending.items()}
-    for name in made:
-        store.forget_later_parts(run.campaign.iteration(t), name, len(slices))
-    return made
-
-
-_NO_ENGINE = cast("Engine", None)  # pure table work never looks at it, and a step with a role gets a real one
-
-
-def _slices(run: Run, given: Given) -> list[tuple[int, tuple[Mapping[str, Any], ...]]]:
-    """Cut what an iteration begins with into shards: (prompts wanted, rows given among them)."""
-    if given.note:
-        run.tell("note", text=given.note)
-    size = run.config.engine.shard_rows
-    starts = range(0, given.wanted, size)
-    return [(min(size, given.wanted - start), tuple(given.rows[start : start + size])) for start in starts]
-
-
-def _kept_before(run: Run, t: int) -> prompts.Kept:
-    """Start the similarity filter with the seeds, what measures, and the prompts of earlier iterations."""
-    seed = run.seed_data
-    ift = [row["instruction"] for row in seed.ift]
-    kept = prompts.Kept.start(ift, seed.measuring, run.config.prompts.max_similarity, shown=seed.demonstrations)
-    for earlier in range(1, t):
-        for row in store.iter_rows(run.campaign.iteration(earlier) / "prompts"):
-            kept.add(schemas.prompt_text(row["messages"]), generated=row["source"] == "self_instruct")
-    return kept
-
-
-def _remember(kept: prompts.Kept, made: Made) -> None:
-    # learned from the file, so a reused shard and a fresh one leave the same filter behind
-    for row in store.read_part(made.path).to_pylist():
-        kept.add(schemas.prompt_text(row["messages"]), generated=row["source"] == "self_instruct")
-
-
-def _make_part(
-    run: Run,
-    step: Step,
-    shard: Shard,
-    model: Model | None,
-    lend: Callable[[Model], OnDemand],
-    reads: Mapping[str, Pending[Made]],
-    previous: Sequence[Pending[Made]],
-) -> Made:
-    """Make one shard of one dataset, or find it made."""
-    folder = run.campaign.iteration(shard.iteration)
-    path, drops = part_path(folder / step.makes, shard.number), store.drops_path(folder, step.makes, shard.number)
-    inputs = {name: work.result() for name, work in reads.items()}
-    made_from = digest(
-        {
-            "step": step.makes, "version": step.version, "settings": settings.pick(run.config, step.settings),
-            "texts": step.texts(run.config), "seed": run.config.seed,
-            "iteration": shard.iteration, "shard": shard.number,
-            "engine": settings.pick(run.config, settings.ENGINE) if model else None,
-            "model": [model.name, model.digest] if model else None,
-            "slice": [shard.wanted, *map(dict, shard.given)] if step.takes_given else None,
-            "seed_data": run.seed_data.identities if step.in_order else None,
-            "inputs": [made.identity for made in inputs.values()],
-            "previous": [work.result().identity for work in previous],
-        },
-        length=32,
-    )  # fmt: skip
-
-    def make(present: pa.Table | None) -> tuple[pa.Table, pa.Table]:
-        tables = {name: store.read_part(made.path) for name, made in inputs.items()}
-        for name in inputs:
-            tables[f"drops:{name}"] = store.read_part(store.drops_path(folder, name, shard.number))
-        engine = lend(model).stage(step.makes) if model else _NO_ENGINE
-        filled = replace(shard, engine=engine, inputs=tables, present=present)
-        if not step.in_order:
-            return step.run(filled)
-        with shard.kept.on_trial():  # what is kept is learnt from the finished file
-            return step.run(filled)
-
-    made = materialize(path, made_from, make, drops=drops, passes=step.passes(run.config))
-    run.tell("part", stage=step.makes, iteration=shard.iteration, shard=shard.number, path=path, reused=made.reused)
-    return made
+# --- between the stages --------------------------------------------------------------------------------------------
 
 
 def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
     """Stop where an iteration has nothing to train on, saying what was seen and what to change."""
     counts = {name: sum(pq.read_metadata(part.path).num_rows for part in parts) for name, parts in made.items()}
-    if counts[METHODS[run.config.method].trains_on]:
+    if counts["pairs"]:
         return
     seen: Counter[str] = Counter()
     for path in store.parts(run.campaign.iteration(t) / "drops"):
@@ -231,12 +116,10 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
 
 
-def _parts_to_train_on(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> list[Path]:
-    dataset = METHODS[run.config.method].trains_on
-    first = {"latest": t, "last_two": t - 1, "cumulative": 1}[run.config.training.dpo.data]
-    earlier = range(max(first, 1), t)
-    parts = [path for s in earlier for path in store.parts(run.campaign.iteration(s) / dataset)]
-    return parts + [part.path for part in made[dataset]]
+def _parts_to_train_on(run: Run, t: int, data: str, made: Mapping[str, Sequence[Made]]) -> list[Path]:
+    first = {"latest": t, "last_two": t - 1, "cumulative": 1}[data]
+    earlier = (run.campaign.iteration(s) / "pairs" for s in range(max(first, 1), t))
+    return [path for folder in earlier for path in store.parts(folder)] + [part.path for part in made["pairs"]]
 
 
 def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:

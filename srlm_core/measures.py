@@ -52,6 +52,7 @@ OF_THE_ITERATION = {
     "judgments/score_length_correlation": "… rank correlation with length",
     "judgments/tie_rate": "prompts tied",
     "pairs/n": "pairs",
+    "pairs/n_of_judgments": "… of judgments, beside them",
     "pairs/yield": "… prompts that gave one",
     "pairs/margin_mean": "… score between chosen and rejected",
     "pairs/chosen_length_tokens_mean": "… tokens of the chosen",

@@ -1,5 +1,7 @@
 """pairs: the best-scored response of a prompt against its worst (arXiv:2401.10020 section 2.2, step 2).
 
+Or, against growing length, the shortest of the good ones against the longest of the bad (arXiv:2407.19594).
+
 No response without a score is ever in a pair, a tie makes none, a cut response is never chosen; whatever is left out
 is named in the drops with its reason.
 """
@@ -29,8 +31,10 @@ def repetition(text: str) -> float:
 
 
 def may_be_chosen(response: Mapping[str, Any], config: PairsConfig) -> bool:
-    """Whether it ended by itself and does not run in a loop."""
-    return response["finish_reason"] == "stop" and repetition(response["response"]) <= config.max_repetition
+    """Whether it ended by itself, is no longer than allowed and does not run in a loop."""
+    if response["finish_reason"] != "stop" or repetition(response["response"]) > config.max_repetition:
+        return False
+    return config.max_chosen_chars is None or len(response["response"]) <= config.max_chosen_chars
 
 
 def may_be_rejected(response: Mapping[str, Any], config: PairsConfig) -> bool:
@@ -46,13 +50,24 @@ class Side(NamedTuple):
     score: float | None = None
 
 
-def row(prompt: Mapping[str, Any], chosen: Side, rejected: Side, *, iteration: int) -> dict[str, object]:
-    """Lay out a pair of responses to a prompt; a row of PAIRS."""
+def row(
+    prompt: Mapping[str, Any],
+    chosen: Side,
+    rejected: Side,
+    *,
+    iteration: int,
+    kind: str = "response",
+    label: float = 1.0,
+) -> dict[str, Any]:
+    """Lay out a pair of responses to a prompt, or of judgments where `messages` asks for one; a row of PAIRS.
+
+    `label`: the probability that chosen is the better one.
+    """
     return {
-        "pair_id": digest(chosen.response_id, rejected.response_id, iteration, "response"),
+        "pair_id": digest(chosen.response_id, rejected.response_id, iteration, kind),
         "prompt_id": prompt["prompt_id"],
         "iteration": iteration,
-        "kind": "response",
+        "kind": kind,
         "messages": prompt["messages"],
         "chosen": chosen.text,
         "rejected": rejected.text,
@@ -60,7 +75,7 @@ def row(prompt: Mapping[str, Any], chosen: Side, rejected: Side, *, iteration: i
         "rejected_id": rejected.response_id,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
-        "label": 1.0,
+        "label": label,
         "weight": 1.0,
     }
 
@@ -105,11 +120,29 @@ def _select(
     worst = [r for r in scored if may_be_rejected(r, config)]
     if not best or not worst:
         return None, "none_may_be_chosen" if not best else "none_may_be_rejected"
-    chosen = max(best, key=lambda response: scores[response["response_id"]])
-    rejected = min(worst, key=lambda response: scores[response["response_id"]])
-    margin = scores[chosen["response_id"]] - scores[rejected["response_id"]]
-    if margin <= _EPSILON:
+    score = {response["index"]: scores[response["response_id"]] for response in scored}
+    top, bottom = max(score[r["index"]] for r in best), min(score[r["index"]] for r in worst)
+    if top - bottom <= _EPSILON:
         return None, "tie"
+    chosen, rejected = _of_tiers(best, worst, score, (top - bottom) * config.length_control)
+    margin = score[chosen["index"]] - score[rejected["index"]]
     if margin < config.min_margin - _EPSILON:
         return None, "margin_too_small"
     return (chosen, rejected), ""
+
+
+def _of_tiers(
+    best: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]], score: Mapping[int, float], depth: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take the shortest response (characters) whose score is within `depth` of the top, the longest at the bottom.
+
+    No depth: the highest and the lowest score. Always the lower index of equals, so row order does not matter.
+    """
+    if not depth:
+        return max(best, key=lambda r: score[r["index"]]), min(worst, key=lambda r: score[r["index"]])
+    top, bottom = max(score[r["index"]] for r in best), min(score[r["index"]] for r in worst)
+    tiers = (
+        [r for r in best if score[r["index"]] >= top - depth - _EPSILON],
+        [r for r in worst if score[r["index"]] <= bottom + depth + _EPSILON],
+    )
+    return min(tiers[0], key=lambda r: len(r["response"])), max(tiers[1], key=lambda r: len(r["response"]))

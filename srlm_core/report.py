@@ -162,7 +162,7 @@ def _by_iteration(found: Summary) -> dict[str, Any]:
             "cells": [spell(of.get(name), of.get(f"{name}_stderr"), form=_form(name)) for of in made],
             "change": _change(made[0], made[-1], name) if len(made) > 1 else "",
         }
-        for name, label in OF_THE_ITERATION.items()
+        for name, label in {**OF_THE_ITERATION, **found.labels}.items()
         if any(name in of for of in made)
     ]
     return {"iterations": list(found.of_iteration), "lines": lines}
@@ -422,7 +422,8 @@ def _changed(config: RunConfig | None) -> list[tuple[str, str, str]]:
     if config is None:
         return []
     usual, here = settings.flat(RunConfig.model_validate({})), settings.flat(config)
-    return [(name, _written(usual[name]), _written(here[name])) for name in here if usual.get(name) != here[name]]
+    changed = [name for name in here if name not in usual or usual[name] != here[name]]
+    return [(name, _written(usual[name]) if name in usual else "–", _written(here[name])) for name in changed]
 
 
 def _written(value: Any) -> str:

@@ -37,7 +37,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "judgments": (
         "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
     ),
-    "pairs": ("pairs", "judgments.min_valid"),
+    "meta_judgments": (
+        "meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling",
+    ),
+    "pairs": ("pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share"),
     "training": ("training.dpo",),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",
@@ -64,8 +67,13 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Spell every setting of a config as dotted name to value."""
-    return flatten(config.model_dump(mode="json"))
+    """Spell every setting of a config as dotted name to value; a scheduled one begins with its iteration: `@2 `."""
+    found = config.model_dump(mode="json")
+    schedule = found.pop("schedule")
+    scheduled = {
+        f"@{change['iteration']} {name}": value for change in schedule for name, value in change["set"].items()
+    }
+    return flatten(found) | scheduled
 
 
 def covers(prefix: str, name: str) -> bool:
@@ -84,6 +92,7 @@ def pick(config: RunConfig, prefixes: Sequence[str]) -> dict[str, Any]:
 
 def stage_of(name: str) -> str | None:
     """Return the first stage that a setting changes; None for a neutral one."""
+    name = name.split()[-1]
     if any(covers(prefix, name) for prefix in NEUTRAL):
         return None
     return next(stage for stage, prefixes in STAGES.items() if any(covers(prefix, name) for prefix in prefixes))
@@ -100,11 +109,12 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 def made_again(names: Iterable[str]) -> str:
     """Say which stages a change of these settings makes again."""
-    order = list(STAGES)
+    names, order = list(names), list(STAGES)
     touched = {stage for name in names if (stage := stage_of(name))}
     if touched == {"evaluation"}:
         return "the evaluation"
     first = min(order.index(stage) for stage in touched - {"evaluation"})
     if order[first] in ("base model", "bootstrap"):
         return "everything from M1 on"
-    return f"{', '.join(order[first:-1])} of iteration 1, then M2 and everything after it"
+    t = min(int(name[1:].split()[0]) if name.startswith("@") else 1 for name in names if stage_of(name) != "evaluation")
+    return f"{', '.join(order[first:-1])} of iteration {t}, then M{t + 1} and everything after it"

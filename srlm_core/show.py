@@ -47,11 +47,11 @@ class Story(NamedTuple):
     k: int
     """Passes that make a score."""
 
-    def role(self, response_id: str) -> str | None:
-        """`chosen`, `rejected`, or None for a response that is in no pair."""
+    def role(self, row_id: str) -> str | None:
+        """`chosen`, `rejected`, or None for a response or judgment that is in no pair."""
         for pair in self.pairs:
             for role in ("chosen", "rejected"):
-                if pair[f"{role}_id"] == response_id:
+                if pair[f"{role}_id"] == row_id:
                     return role
         return None
 
@@ -59,7 +59,8 @@ class Story(NamedTuple):
         """List (role, text) of the sides of a pair that no model sampled here, such as people's answers."""
         sampled = {response["response_id"] for response in self.responses}
         roles = ("chosen", "rejected")
-        return [(role, pair[role]) for pair in self.pairs for role in roles if pair[f"{role}_id"] not in sampled]
+        of_responses = [pair for pair in self.pairs if pair["kind"] == "response"]
+        return [(role, pair[role]) for pair in of_responses for role in roles if pair[f"{role}_id"] not in sampled]
 
     def why_not(self, row_id: str) -> str | None:
         """The reason why a prompt or response was left out, or None."""
@@ -69,6 +70,8 @@ class Story(NamedTuple):
         """What one judgment says: its verdict or why there is none, and whether it counts."""
         verdict = judged["verdict"]
         said = f"{verdict:g}" if verdict is not None else f"unreadable ({judged['unreadable_reason']})"
+        role = self.role(judged["judgment_id"])
+        said = f"{said}, {role} of the judgments" if role else said
         return said if judged["index"] < self.k else f"{said}, not counted (k is {self.k})"
 
     def fate(self) -> str:
@@ -161,8 +164,8 @@ def stories(folder: Path, prompts_part: Path, prompt_ids: Sequence[str]) -> list
     )
     of_interest = {*prompt_ids, *(row["response_id"] for rows in responses.values() for row in rows)}
     drops: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    shard = name.removeprefix("part-")
-    for path in sorted((iteration / "drops").glob(f"part-*-{shard}")):
+    shards = {name.removeprefix("part-"), "00000.parquet"}  # what is gathered from all shards has but one part
+    for path in sorted(path for shard in shards for path in (iteration / "drops").glob(f"part-*-{shard}")):
         for row in _rows(path, columns=None, wanted=("id", of_interest)):
             drops[row["id"]].append(row)
     config = summary.campaign_config(folder)

@@ -56,7 +56,8 @@ def iterations(folder: Path) -> list[int]:
 
 def iteration_metrics(folder: Path, t: int) -> dict[str, float]:
     """Measure the datasets of iteration t, made with M_t, and the training of M_{t+1} on them."""
-    return counted_metrics(read_iteration(folder, t, campaign_config(folder))) | training_metrics(folder, f"M{t + 1}")
+    counts = read_iteration(folder, t, campaign_config(folder))
+    return counted_metrics(counts) | method_metrics(folder, t) | training_metrics(folder, f"M{t + 1}")
 
 
 def counted_metrics(counts: IterationCounts) -> dict[str, float]:
@@ -78,12 +79,27 @@ def counted_metrics(counts: IterationCounts) -> dict[str, float]:
         "judgments/score_length_correlation": spearman(counts.score_and_length),
         **_share("judgments/tie_rate", counts.drops["pairs", "tie"], counts.to_be_paired),
         "pairs/n": float(counts.pairs),
+        "pairs/n_of_judgments": float(counts.judgment_pairs) if counts.judgment_pairs else None,
         **_share("pairs/yield", counts.paired_prompts, counts.to_be_paired),
         "pairs/margin_mean": counts.margin.value,
         "pairs/chosen_length_tokens_mean": counts.chosen_tokens.value,
         "pairs/rejected_length_tokens_mean": counts.rejected_tokens.value,
     }
     return _known(found)
+
+
+def method_metrics(folder: Path, t: int) -> dict[str, float]:
+    """Name what the method measured of iteration t by itself, as `method/…`."""
+    found: dict[str, float | None] = {}
+    for name, told in method_measures(folder, t).items():
+        found[f"method/{name}"], found[f"method/{name}_stderr"] = told["value"], told["stderr"]
+        found[f"method/{name}_n"] = float(told["n"])
+    return _known(found)
+
+
+def method_measures(folder: Path, t: int) -> dict[str, dict[str, Any]]:
+    """Read what the method measured of iteration t: name to label, value, stderr and n."""
+    return store.read_json(folder / f"iter_{t:02d}" / "measures.json") or {}
 
 
 def _mean(name: str, mean: Mean) -> dict[str, float | None]:
@@ -270,6 +286,8 @@ class Summary(NamedTuple):
     iterations: dict[int, IterationCounts]
     of_iteration: dict[int, dict[str, float]]
     of_model: dict[str, dict[str, float]]
+    labels: dict[str, str]
+    """What the method's own measures are called, by metric."""
     missing: list[str]
     """What a finished campaign would have; empty for a finished one."""
 
@@ -282,8 +300,12 @@ def collect(folder: Path) -> Summary:
         config,
         models(folder),
         counted,
-        {t: counted_metrics(counts) | training_metrics(folder, f"M{t + 1}") for t, counts in counted.items()},
+        {
+            t: counted_metrics(counts) | method_metrics(folder, t) | training_metrics(folder, f"M{t + 1}")
+            for t, counts in counted.items()
+        },
         {model: model_metrics(folder, model) for model in models(folder)},
+        {f"method/{name}": told["label"] for t in counted for name, told in method_measures(folder, t).items()},
         _missing(folder, config, counted),
     )
 

@@ -1,6 +1,8 @@
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tables import prompts, responses
 
 from srlm_core import pairs
@@ -84,3 +86,41 @@ def test_chosen_scores_above_rejected_and_row_order_does_not_matter(drawn, rng):
     assert pairs.best_and_worst(asked, table.take(pa.array(order, pa.int64())), scores, PairsConfig(), iteration=1)[
         0
     ].equals(made)
+
+
+LENGTHS = (1900, 1200, 2400, 900)
+
+
+def test_length_control_of_the_worked_example():
+    rows = [("p0", "".join(chr(97 + i) for _ in range(n)), "stop") for i, n in enumerate(LENGTHS)]
+    scores = {"r0": 4.6, "r1": 4.2, "r2": 3.0, "r3": 2.6}
+    for rho, expected in ((0, ("r0", "r3")), (0.2, ("r1", "r2")), (0.32, ("r1", "r2")), (0.4, ("r1", "r2"))):
+        made, _ = paired(rows, scores, PairsConfig(length_control=rho))
+        assert (made["chosen_id"][0].as_py(), made["rejected_id"][0].as_py()) == expected, rho
+
+
+def test_of_equally_long_ones_the_first_is_taken():
+    rows = [("p0", text, "stop") for text in ("aaa", "bbb", "ccc", "ddd")]
+    made, _ = paired(rows, {"r0": 4.0, "r1": 4.1, "r2": 1.1, "r3": 1.0}, PairsConfig(length_control=0.1))
+    assert (made["chosen_id"][0].as_py(), made["rejected_id"][0].as_py()) == ("r0", "r2")
+
+
+def test_half_the_range_would_let_the_tiers_overlap():
+    with pytest.raises(ValidationError):
+        PairsConfig(length_control=0.5)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 60)), min_size=2, max_size=7), st.floats(0, 0.49))
+def test_under_length_control_chosen_is_no_worse_scored_than_rejected(drawn, rho):
+    rows = [("p0", f"{number} " + "x" * length, "stop") for number, (_, length) in enumerate(drawn)]
+    made, drops = paired(rows, {f"r{i}": score for i, (score, _) in enumerate(drawn)}, PairsConfig(length_control=rho))
+    for row in made.to_pylist():
+        assert row["chosen_score"] > row["rejected_score"]
+        assert row["chosen_id"] != row["rejected_id"]
+    assert made.num_rows + drops.num_rows == 1
+
+
+def test_a_response_that_is_too_long_is_never_chosen():
+    rows = [("p0", "a long answer", "stop"), ("p0", "short", "stop"), ("p0", "no", "stop")]
+    made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 1}, PairsConfig(max_chosen_chars=5))
+    assert made["chosen_id"].to_pylist() == ["r1"]

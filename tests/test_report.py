@@ -388,7 +388,7 @@ def test_a_judge_is_called_kinder_only_beyond_the_error_on_responses_that_stay_t
 
     own = {t: measured("judgments/score_mean", value) for t, value in ((1, 2.0), (2, 3.0))}
     same = {f"M{t}": measured("evaluation/score_mean", value) for t, value in ((1, 2.0), (2, after))}
-    found = summary.Summary(None, ["M1", "M2"], {}, own, same, [])
+    found = summary.Summary(None, ["M1", "M2"], {}, own, same, {}, [])
     (said,) = report_words._generosity(found)
     # 3.0 - 2.0, sqrt(0.1^2 + 0.1^2) = 0.14: two of them are 0.28
     assert "move by +1.00 ± 0.14 from M1 to M2" in said

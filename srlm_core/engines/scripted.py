@@ -48,6 +48,7 @@ _HOLLOW = [
     "Hollow: opinions differ widely.", "Hollow: this is an interesting topic.", "Hollow: more research may help.",
 ]  # fmt: skip
 _JUDGED = re.compile(r"<response>\n(.*?)\n</response>", re.DOTALL)
+_JUDGMENT = re.compile(r"<judgment>\n.*?(?:Score: (\d))?\n</judgment>", re.DOTALL)
 
 
 def base_model(folder: Path, skill: float = 0.2) -> Path:
@@ -99,7 +100,9 @@ class ScriptedEngine:
             asked = _asked(request)
             rng = random.Random(seed_for("scores", asked, request.prefix, self.skill))
             seen = [quality(text) + rng.gauss(0, 1.2 - self.skill) for text in _JUDGED.findall(asked)]
-            if len(seen) == 2:
+            if _JUDGMENT.search(asked):
+                logits = self._nearness(asked, rng)
+            elif len(seen) == 2:
                 logits = [seen[0], seen[1]]
             else:
                 logits = [-abs((seen[0] if seen else 2.5) - float(choice)) for choice in choices]
@@ -115,6 +118,9 @@ class ScriptedEngine:
             text, done = _task(rng), True
         elif asked.startswith("Grade a response"):
             text, done = self._judgment(asked, rng), rng.random() > 0.04
+        elif _JUDGMENT.search(asked):
+            a, b = self._nearness(asked, rng)
+            text, done = f"One is nearer.\nWinner: Judgment {'A' if a > b else 'B'}", rng.random() > 0.04
         elif "[[" in asked:
             text, done = self._verdict(asked, rng), rng.random() > 0.04
         else:
@@ -134,6 +140,12 @@ class ScriptedEngine:
         seen = quality(found[-1]) if found else 2.5
         score = min(5, max(0, round(seen + rng.gauss(0, 1.2 - self.skill))))
         return f"The response makes {seen:.0f} sound points.\nScore: {score}"
+
+    def _nearness(self, asked: str, rng: random.Random) -> list[float]:
+        """Judge two judgments by how near their scores are to what it sees itself; the first one has an advantage."""
+        seen = quality(_JUDGED.findall(asked)[0]) + rng.gauss(0, 1.2 - self.skill)
+        near = [-abs(float(score or 2.5) - seen) for score in _JUDGMENT.findall(asked)]
+        return [near[0] + 0.3, near[1]]
 
     def _verdict(self, asked: str, rng: random.Random) -> str:
         """Judge as the published benchmarks ask: a grade, or one of five verdicts, in double brackets."""

@@ -22,6 +22,7 @@ def require_fit(config: RunConfig) -> None:
         near = difflib.get_close_matches(config.method, METHODS, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(METHODS)}."
         raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
-    refused = METHODS[config.method].refuses(config)
-    if refused:
-        raise ConfigError(refused)
+    for t in sorted({1, *(change.iteration for change in config.schedule)}):
+        refused = METHODS[config.method].refuses(config.at(t))
+        if refused:
+            raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")

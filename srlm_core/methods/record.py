@@ -1,6 +1,6 @@
 """What a method is made of: steps, each of which turns the tables of one shard into one new table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Engine
 from srlm_core.prompts import Kept
+from srlm_core.rates import Rate
 from srlm_core.seed_data import SeedData
 
 
@@ -37,12 +38,14 @@ class Shard:
     policy: str
     """Name of M_t."""
     models: Mapping[str, str]
-    """Role to model name: generator, policy, judge."""
+    """Role to model name; see Step.role."""
     engine: Engine
     """The engine of the step's role."""
     kept: Kept
     inputs: Mapping[str, pa.Table] = field(default_factory=dict)
     """The datasets the step reads, and `drops:<dataset>` beside each."""
+    whole: Mapping[str, Iterable[pa.Table]] = field(default_factory=dict)
+    """Instead, for a step that gathers: each dataset of the iteration, a shard at a time, as often as asked."""
     present: pa.Table | None = None
     """Rows that exist already and are to be completed, not made again."""
 
@@ -54,7 +57,7 @@ class Step:
     makes: str
     reads: tuple[str, ...]
     role: str | None
-    """Which model it runs: generator, policy, judge; null for pure table work."""
+    """Which model it runs: generator, policy (M_t), judge, previous (M_{t-1}), base (M0); null for pure table work."""
     version: int
     """Raised when the meaning of the rows changes: a fingerprint cannot see code."""
     settings: tuple[str, ...]
@@ -62,12 +65,22 @@ class Step:
     run: Callable[[Shard], tuple[pa.Table, pa.Table]]
     in_order: bool = False
     """Shards depend on the ones before: made one after the other."""
+    gathers: bool = False
+    """Waits for all shards of what it reads and makes one part of them, which every shard of a later step is handed."""
     takes_given: bool = False
     """Reads the shard's `given` rows."""
     texts: Callable[[RunConfig], list[str]] = lambda config: []
     """Identities of text files that its rows depend on, such as a rubric."""
     passes: Callable[[RunConfig], int] = lambda config: 1
     """How many passes a complete shard holds; more can be added to what is there."""
+
+
+class Measure(NamedTuple):
+    """A number that only this method has."""
+
+    label: str
+    """The words before its line in the report."""
+    rate: Rate
 
 
 @dataclass(frozen=True)
@@ -78,14 +91,12 @@ class Method:
     title: str
     source: str
     steps: tuple[Step, ...]
+    """The last one makes `pairs`, which M_{t+1} is trained on."""
     given: Callable[[RunConfig, SeedData, int], Given]
     """What iteration t begins with."""
     teaches_judging: bool = True
     """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
     refuses: Callable[[RunConfig], str | None] = lambda config: None
     """Say which settings it cannot work with, what it expected and what to do."""
-
-    @property
-    def trains_on(self) -> str:
-        """The dataset that the last step makes: what M_{t+1} is trained on."""
-        return self.steps[-1].makes
+    measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
+    """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""

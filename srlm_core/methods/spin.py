@@ -6,8 +6,9 @@ loss is DPO's with M_t as reference and beta as the paper's lambda (section 4.1)
 
 import pyarrow as pa
 
-from srlm_core import data, pairs, prompts, responses, schemas, sources
+from srlm_core import data, pairs, prompts, schemas, sources
 from srlm_core.config import RunConfig
+from srlm_core.methods import steps
 from srlm_core.methods.record import Given, Method, Shard, Step
 from srlm_core.pairs import Side
 from srlm_core.seed_data import SeedData
@@ -32,15 +33,6 @@ def refuses(config: RunConfig) -> str | None:
 def take_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Ask what people were asked."""
     return prompts.given([row["instruction"] for row in shard.given], iteration=shard.iteration, source="ift")
-
-
-def respond(shard: Shard) -> tuple[pa.Table, pa.Table]:
-    """Sample one response of M_t to each prompt."""
-    config = shard.config
-    return responses.respond(
-        shard.inputs["prompts"], shard.engine, config.responses.sampling,
-        n=config.responses.n, iteration=shard.iteration, model=shard.policy, seed=config.seed,
-    )  # fmt: skip
 
 
 def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
@@ -83,7 +75,7 @@ METHOD = Method(
     refuses=refuses,
     steps=(
         Step("prompts", (), None, prompts.VERSION, ("prompts.target",), take_prompts, takes_given=True),
-        Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond),
+        steps.RESPONSES,
         Step("pairs", ("prompts", "responses"), None, 1, (), pair, takes_given=True),
     ),
 )

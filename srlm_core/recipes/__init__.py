@@ -50,7 +50,8 @@ def read(name: str, above: tuple[str, ...] = ()) -> Recipe:
     if extends is None:
         return Recipe(path.stem, content, sizes)
     under = read(extends, (*above, name))
-    return Recipe(path.stem, merge(under.common, content), merge(under.sizes, sizes))
+    kept = {name: size for name, size in under.sizes.items() if "like" not in sizes.get(name, {})}
+    return Recipe(path.stem, merge(under.common, content), merge(kept, sizes))
 
 
 def load(name: str, size: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -63,11 +64,21 @@ def load(name: str, size: str | None = None, overrides: Sequence[str] = ()) -> R
     size = size or fixed_size or ("small" if "small" in recipe.sizes else next(iter(recipe.sizes), ""))
     if recipe.sizes and size not in recipe.sizes:
         raise ConfigError(f"recipe {recipe.name!r}: expected a size of {', '.join(recipe.sizes)}, got {size!r}.")
-    chosen = {key: value for key, value in recipe.sizes.get(size, {}).items() if key != "description"}
-    settings = merge(recipe.common, chosen, {"recipe": recipe.name, "size": size})
+    settings = merge(recipe.common, _of_size(recipe, size), {"recipe": recipe.name, "size": size})
     for override in overrides:
         settings = merge(settings, parse_override(override))
     return validate(settings)
+
+
+def _of_size(recipe: Recipe, size: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a size changes, laid over the size that it is like."""
+    if size in above:
+        raise ConfigError(f"recipe {recipe.name!r}: expected a size, got a circle: {' > '.join([*above, size])}.")
+    chosen = {key: value for key, value in recipe.sizes.get(size, {}).items() if key != "description"}
+    like = chosen.pop("like", None)
+    if like is not None and like not in recipe.sizes:
+        raise ConfigError(f"recipe {recipe.name!r}: expected a size of {', '.join(recipe.sizes)}, got like={like!r}.")
+    return merge(_of_size(recipe, like, (*above, size)), chosen) if like else chosen
 
 
 def validate(settings: Mapping[str, Any]) -> RunConfig:

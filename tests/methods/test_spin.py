@@ -7,7 +7,7 @@ import pyarrow as pa
 from srlm_core import schemas, store
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Completion
-from srlm_core.methods import spin
+from srlm_core.methods import spin, steps
 from srlm_core.methods.record import Shard
 from srlm_core.prompts import Kept
 
@@ -40,7 +40,7 @@ def test_the_human_answer_is_chosen_and_what_gives_itself_away_makes_no_pair():
     engine = Says(
         ("Here: one.", "stop"), ("Here: tw", "length"), ("Gladly: three. ", "stop"), (" ", "stop"), ("5", "stop")
     )
-    said, drops = spin.respond(shard(engine, prompts=asked))
+    said, drops = steps.respond(shard(engine, prompts=asked))
     made, left_out = spin.pair(shard(prompts=asked, responses=said, **{"drops:responses": drops}))
     assert [(row["chosen"], row["rejected"]) for row in made.to_pylist()] == [
         ("Gladly: one.", "Here: one."), ("Gladly: five.", "5")

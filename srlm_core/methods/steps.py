@@ -1,0 +1,112 @@
+"""The steps that methods share: Self-Rewarding's (arXiv:2401.10020 section 2.2), which others replace or add to."""
+
+import pyarrow as pa
+
+from srlm_core import judgments, pairs, prompts, responses, schemas
+from srlm_core.config import RunConfig
+from srlm_core.methods.record import Given, Shard, Step
+from srlm_core.seed_data import SeedData
+
+
+def own_prompts(config: RunConfig, seed: SeedData, t: int) -> Given:
+    """Take the user's own prompts of iteration t; each is used in one iteration only."""
+    wanted = config.prompts.target
+    n_own = round(wanted * config.prompts.file_share)
+    own = seed.own_prompts[(t - 1) * n_own : t * n_own]
+    short = f"iteration {t}: {n_own} prompts wanted from {config.prompts.file}, {len(own)} are left in it"
+    return Given(wanted, [{"prompt": text} for text in own], short if len(own) < n_own else "")
+
+
+def refuses_one_response(config: RunConfig) -> str | None:
+    """Refuse a single response: best and worst would be one."""
+    if config.responses.n < 2:
+        return (
+            f"method={config.method} pairs the best response with the worst, got responses.n={config.responses.n}. "
+            "Set responses.n=2 or more."
+        )
+    return None
+
+
+def write_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Take the user's own prompts, then have the generator write the rest."""
+    config = shard.config.prompts
+    own, own_drops = prompts.take(
+        [row["prompt"] for row in shard.given],
+        shard.kept,
+        iteration=shard.iteration,
+        source=f"dataset:{config.file}",
+        wanted=shard.wanted,
+    )
+    written, drops = prompts.write(
+        shard.engine,
+        shard.kept,
+        config,
+        wanted=shard.wanted - len(shard.given),
+        iteration=shard.iteration,
+        shard=shard.number,
+        generator=shard.models["generator"],
+        seed=shard.config.seed,
+    )
+    return pa.concat_tables([own, written]), pa.concat_tables([own_drops, drops])
+
+
+def respond(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Sample N responses to each prompt of the shard from the policy."""
+    config = shard.config.responses
+    return responses.respond(
+        shard.inputs["prompts"],
+        shard.engine,
+        config.sampling,
+        n=config.n,
+        iteration=shard.iteration,
+        model=shard.policy,
+        seed=shard.config.seed,
+    )
+
+
+def judge(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Judge each response K times; passes that exist already are kept and only the missing ones are made."""
+    present = shard.present if shard.present is not None else schemas.JUDGMENTS.empty_table()
+    first = 1 + max(present["index"].to_pylist(), default=-1)
+    work = judgments.tasks(
+        shard.inputs["prompts"], responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
+    )
+    made, drops = judgments.judge(
+        work,
+        shard.engine,
+        shard.config.judgments,
+        iteration=shard.iteration,
+        judge_name=shard.models["judge"],
+        seed=shard.config.seed,
+        first=first,
+    )
+    order = {task.target_id: place for place, task in enumerate(work)}
+    rows = sorted(present.to_pylist() + made.to_pylist(), key=lambda row: (order[row["target_id"]], row["index"]))
+    return schemas.table(rows, schemas.JUDGMENTS), drops
+
+
+def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Average the verdicts and pair best with worst."""
+    config = shard.config
+    scores = judgments.scores(shard.inputs["judgments"], k=config.judgments.k, required=config.judgments.required)
+    return pairs.best_and_worst(
+        shard.inputs["prompts"],
+        shard.inputs["responses"],
+        {response_id: score.mean for response_id, score in scores.items()},
+        config.pairs,
+        iteration=shard.iteration,
+    )
+
+
+PROMPTS = Step(
+    "prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True
+)
+RESPONSES = Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond)
+JUDGMENTS = Step(
+    "judgments", ("prompts", "responses"), "judge", judgments.VERSION, judgments.SETTINGS, judge,
+    texts=judgments.texts, passes=lambda config: config.judgments.k,
+)  # fmt: skip
+PAIRS = Step(
+    "pairs", ("prompts", "responses", "judgments"), None, pairs.VERSION,
+    ("pairs", "judgments.k", "judgments.min_valid"), pair,
+)  # fmt: skip
