@@ -265,6 +265,16 @@ class MetaConfig(Settings):
     1 = off. Ours."""
 
 
+class CreamConfig(Settings):
+    """How far a label is trusted (CREAM, arXiv:2410.12735 section 3); for method `cream`."""
+
+    consistency: Literal["kendall", "spearman", "top_order"] = "kendall"
+    """How the rankings of M_t and M_{t-1} are compared: Kendall's tau-b, Spearman's rho, or whether both the best and
+    the worst response are the same ones."""
+    per: Literal["dataset", "pair"] = "dataset"
+    """One C for all pairs, the mean over prompts, or each prompt's own (the mean where that is undefined)."""
+
+
 class OptimizerConfig(Settings):
     """One training run."""
 
@@ -439,6 +449,7 @@ class RunConfig(Settings):
     judgments: JudgmentsConfig = JudgmentsConfig()
     pairs: PairsConfig = PairsConfig()
     meta: MetaConfig = MetaConfig()
+    cream: CreamConfig = CreamConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -486,7 +497,7 @@ class RunConfig(Settings):
         return type(self).model_validate(settings)
 
 
-SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "training.dpo.")
+SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "training.dpo.")
 """Where settings lie that may change from iteration to iteration."""
 
 

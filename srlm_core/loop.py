@@ -109,6 +109,8 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
             "No judgment could be read: set judgments.reading=guided or expected, "
             "or raise judgments.sampling.max_tokens."
         )
+    if judged is None and seen["pairs: tie"]:
+        return "All responses of a prompt were worth the same: raise responses.n or responses.sampling.temperature."
     if judged is None:
         return "Where responses were cut, raise responses.sampling.max_tokens; else give other data."
     if judged == 0:

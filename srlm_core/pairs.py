@@ -86,11 +86,18 @@ def drop(prompt: Mapping[str, Any], reason: str, *, iteration: int) -> dict[str,
 
 
 def best_and_worst(
-    prompts: pa.Table, responses: pa.Table, scores: Mapping[str, float], config: PairsConfig, *, iteration: int
+    prompts: pa.Table,
+    responses: pa.Table,
+    scores: Mapping[str, float],
+    config: PairsConfig,
+    *,
+    iteration: int,
+    labels: Mapping[str, float | None] | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Pair each prompt's highest with its lowest score; rows PAIRS, in prompt order, and DROPS.
 
-    Equal highest (or lowest) scores: the response with the lower index, so row order does not matter.
+    Equal highest (or lowest) scores: the response with the lower index, so row order does not matter. `labels`: prompt
+    id to the probability that its chosen is the better one, null where it is not known; none given: 1.
     """
     candidates: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for response in responses.to_pylist():
@@ -99,13 +106,14 @@ def best_and_worst(
     drops: list[dict[str, object]] = []
     for prompt in prompts.to_pylist():
         chosen_rejected, reason = _select(candidates[prompt["prompt_id"]], scores, config)
-        if chosen_rejected is None:
-            drops.append(drop(prompt, reason, iteration=iteration))
+        label = 1.0 if labels is None else labels.get(prompt["prompt_id"])
+        if chosen_rejected is None or label is None:
+            drops.append(drop(prompt, reason or "no_label", iteration=iteration))
         else:
             best, worst = (
                 Side(side["response"], side["response_id"], scores[side["response_id"]]) for side in chosen_rejected
             )
-            rows.append(row(prompt, best, worst, iteration=iteration))
+            rows.append(row(prompt, best, worst, iteration=iteration, label=label))
     return schemas.table(rows, schemas.PAIRS), schemas.table(drops, schemas.DROPS)
 
 

@@ -58,6 +58,17 @@ JUDGMENTS = pa.schema(
         _required("seed", pa.int64()),
     ]
 )
+LOGPROBS = pa.schema(
+    [
+        _required("response_id", pa.string()),
+        _required("prompt_id", pa.string()),
+        _required("iteration", pa.int32()),
+        _required("model", pa.string()),
+        pa.field("logprob", pa.float64()),
+        _required("n_tokens", pa.int32()),
+    ]
+)
+"""What one model makes of responses: sum over tokens, nats, the one that ends the turn included."""
 PAIRS = pa.schema(
     [
         _required("pair_id", pa.string()),

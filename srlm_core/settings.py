@@ -40,7 +40,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "meta_judgments": (
         "meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling",
     ),
-    "pairs": ("pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share"),
+    "pairs": ("pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share",
+              "cream"),
     "training": ("training.dpo",),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",

@@ -92,8 +92,9 @@ class ScriptedEngine:
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:
         for row in rows:
-            n_tokens = len(row.response.split()) + 1
-            yield LogProb(row.id, -n_tokens * (2 - quality(row.response) / 5), n_tokens, False)
+            n_tokens, noise = len(row.response.split()) + 1, random.Random(seed_for("p", row.response, self.skill))
+            liked = (0.5 + self.skill / 2) * quality(row.response) / 5  # the better it is, the more sound points count
+            yield LogProb(row.id, -n_tokens * (2 - liked) + noise.gauss(0, 0.5), n_tokens, False)
 
     def token_scores(self, requests: Iterable[Request], choices: Sequence[str]) -> Iterator[TokenScores]:
         for request in requests:
