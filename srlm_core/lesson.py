@@ -1,6 +1,7 @@
 """lesson: one training run of a campaign, found made, gone on with, or begun; and what it leaves behind."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -37,9 +38,10 @@ class Lesson(NamedTuple):
 
     @property
     def work_dir(self) -> Path:
-        """Rows, checkpoints and log; the bootstrap trains two models and keeps them apart."""
+        """Rows, checkpoints and log; the models of the bootstrap, and those taught on the way, are kept apart."""
         training_dir = self.folder / "training"
-        return training_dir / self.name if self.folder.name == "bootstrap" else training_dir
+        on_the_way = not re.fullmatch(r"M\d+", self.name)
+        return training_dir / self.name if on_the_way or self.folder.name == "bootstrap" else training_dir
 
     def fingerprint(self, config: RunConfig) -> str:
         """Hash what the trained weights depend on."""

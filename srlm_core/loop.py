@@ -37,8 +37,7 @@ def self_reward(run: Run) -> None:
 def iterate(run: Run, t: int) -> None:
     """Iteration t: M_t is evaluated, writes prompts, answers and judges; M_{t+1} is trained on what that made."""
     policy = run.model(f"M{t}")
-    with run.phase(f"iteration {t}: sampling and judging"):
-        made = make_datasets(run, t, policy)
+    made = make_datasets(run, t, policy)
     _require_rows(run, t, made)
     folder, how = run.campaign.iteration(t), run.config.at(t).training.dpo
     parts = _parts_to_train_on(run, t, how.data, made)

@@ -54,7 +54,7 @@ class Iteration(NamedTuple):
     @classmethod
     def of(cls, config: RunConfig, target: int) -> "Iteration":
         """Look at the method's steps."""
-        made = {step.makes: step for step in METHODS[config.method].steps}
+        made = {step.makes: step for step in METHODS[config.method].makes}
         writes, judges = made["prompts"].role is not None, "judgments" in made
         return cls(
             target,

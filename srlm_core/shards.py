@@ -1,7 +1,7 @@
 """shards: the datasets of one iteration, made step by step, a shard at a time, one local model after the other."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from srlm_core.backend import Model
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Engine
 from srlm_core.executor import Pending, Work
+from srlm_core.lesson import Lesson, teach
 from srlm_core.measuring import Lend
 from srlm_core.methods import METHODS
-from srlm_core.methods.record import Given, Shard, Step
+from srlm_core.methods.record import Given, Shard, Step, Training
 from srlm_core.run import Run
 from srlm_core.store import Made, digest, materialize, part_path
 
@@ -33,8 +34,8 @@ class Turn(NamedTuple):
     steps: list[Step]
 
 
-def turns(steps: Sequence[Step], roles: Mapping[str, Model]) -> list[Turn]:
-    """Cut a method's steps where another local model is needed; what somebody else serves takes no memory here."""
+def turns(steps: Iterable[Step], roles: Mapping[str, Model]) -> list[Turn]:
+    """Cut steps where another local model is needed; what somebody else serves takes no memory here."""
     found = [Turn(None, [])]
     for step in steps:
         asked = roles[step.role] if step.role else None
@@ -50,33 +51,30 @@ def turns(steps: Sequence[Step], roles: Mapping[str, Model]) -> list[Turn]:
 def make_datasets(run: Run, t: int, policy: Model) -> dict[str, list[Made]]:
     """Send every shard through the method's steps, and measure M_t while its engine is open.
 
-    A shard is judged while the next ones are still being sampled; only another local model waits for its turn.
+    A shard is judged while the next ones are still being sampled; only another local model waits for its turn, and
+    what a model is taught on the way waits for all that it learns from.
     """
     method, config = METHODS[run.config.method], run.config.at(t)
     roles = _roles(run, config, t, policy)
-    kept, names = _kept_before(run, t), {role: model.name for role, model in roles.items()}
+    kept = _kept_before(run, t)
     shards = [
         Shard(
-            config=config, iteration=t, number=number, wanted=wanted, given=given, policy=policy.name,
-            models=names, engine=_NO_ENGINE, kept=kept,
+            config=config, iteration=t, number=number, wanted=wanted, given=given, policy=policy.name, kept=kept,
+            models={role: model.name for role, model in roles.items()}, engine=_NO_ENGINE,
         )
         for number, (wanted, given) in enumerate(_slices(run, method.given(config, run.seed_data, t)))
     ]  # fmt: skip
-    for step in method.steps:
+    for step in method.makes:
         run.tell("shards", stage=step.makes, iteration=t, total=1 if step.gathers else len(shards))
-    in_turn = turns(method.steps, roles)
-    if all(turn.model != policy for turn in in_turn):
-        in_turn.append(Turn(policy, []))  # a method may never ask M_t, but it is measured
-    made: Parts = {step.makes: [] for step in method.steps}
-    for turn in in_turn:
-        with run.engines() as lend:
-            started = measuring.submit(run, policy, lend) if turn.model == policy else None
-            _send(run, turn.steps, roles, shards, lend, made)
-            for step in turn.steps:
-                for work in made[step.makes]:
-                    work.result()
-            if started is not None:
-                measuring.finish(run, policy, started)
+    made: Parts = {step.makes: [] for step in method.makes}
+    for training, steps in _between_trainings(method.steps):
+        if training is not None:
+            roles[training.role] = _train(run, training, roles, t, made)
+            shards = [replace(shard, models={**shard.models, training.role: training.name(t)}) for shard in shards]
+        for turn in turns(steps, roles):
+            _take(run, t, turn, policy, roles, shards, made)
+    if policy.name not in run.measured:
+        _take(run, t, Turn(policy, []), policy, roles, shards, made)  # a method may never ask M_t: it is measured
     done = {name: [work.result() for work in parts] for name, parts in made.items()}
     folder = run.campaign.iteration(t)
     for name, parts in done.items():
@@ -87,12 +85,52 @@ def make_datasets(run: Run, t: int, policy: Model) -> dict[str, list[Made]]:
     return done
 
 
+def _between_trainings(steps: Sequence[Step | Training]) -> Iterator[tuple[Training | None, list[Step]]]:
+    """Yield each training with the steps that come after it, before the next one; None for the beginning."""
+    training, after = None, list[Step]()
+    for step in steps:
+        if isinstance(step, Step):
+            after.append(step)
+        else:
+            yield training, after
+            training, after = step, []
+    yield training, after
+
+
+def _take(
+    run: Run, t: int, turn: Turn, policy: Model, roles: Mapping[str, Model], shards: Sequence[Shard], made: Parts
+) -> None:
+    """Do the steps of a turn with one engine open, to their end."""
+    with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
+        due = turn.model == policy and policy.name not in run.measured
+        started = measuring.submit(run, policy, lend) if due else None
+        _send(run, turn.steps, roles, shards, lend, made)
+        for step in turn.steps:
+            for work in made[step.makes]:
+                work.result()
+        if started is not None:
+            measuring.finish(run, policy, started)
+
+
+def _train(run: Run, training: Training, roles: Mapping[str, Model], t: int, made: Parts) -> Model:
+    """Train a model that later steps ask, on all that was made of what it reads."""
+    whole = {name: _Whole([work.result() for work in made[name]]) for name in training.reads}
+    config = run.config.at(t)
+    how = config.training.sft if training.kind == "sft" else config.training.dpo
+    init = roles[training.init_from]
+    reference = None if training.kind == "sft" else roles[training.reference or training.init_from]
+    folder = run.campaign.folder / "bootstrap" if training.once else run.campaign.iteration(t)
+    rows = partial(training.rows, config, run.seed_data, whole)
+    return teach(run, Lesson(training.name(t), training.kind, rows, how, init, reference, folder))
+
+
 def _roles(run: Run, config: RunConfig, t: int, policy: Model) -> dict[str, Model]:
     return {
         "policy": policy,
         "generator": run.role(config.prompts.generator, policy),
         "judge": run.role(config.judgments.judge, policy),
         "previous": run.model(f"M{t - 1}"),
+        "sft": run.model("M1"),
         "base": run.base,
     }
 

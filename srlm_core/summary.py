@@ -31,9 +31,12 @@ def campaign_config(folder: Path) -> RunConfig | None:
 
 
 def models(folder: Path) -> list[str]:
-    """List the models of a campaign: M0, sft_baseline, M1, M2, … and then others that were evaluated, by name."""
-    found = {BASE}
-    found |= {path.parent.name for path in folder.glob("models/*/complete.json")}
+    """List the models of a campaign: M0, sft_baseline, M1, M2, … and then others that were evaluated, by name.
+
+    A model that was trained on the way, for a later step to ask, is none of them.
+    """
+    trained = {path.parent.name for path in folder.glob("models/*/complete.json")}
+    found = {BASE} | {name for name in trained if name == BASELINE or re.fullmatch(r"M\d+", name)}
     found |= {path.parent.name for path in folder.glob("evaluation/*/results.json")} - {"head_to_head", "votes"}
     return sorted(found, key=_place)
 

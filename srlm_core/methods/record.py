@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -57,7 +57,8 @@ class Step:
     makes: str
     reads: tuple[str, ...]
     role: str | None
-    """Which model it runs: generator, policy (M_t), judge, previous (M_{t-1}), base (M0); null for pure table work."""
+    """Which model it runs: generator, policy (M_t), judge, previous (M_{t-1}), sft (M1), base (M0), or the role of a
+    Training before it; null for pure table work."""
     version: int
     """Raised when the meaning of the rows changes: a fingerprint cannot see code."""
     settings: tuple[str, ...]
@@ -75,6 +76,28 @@ class Step:
     """How many passes a complete shard holds; more can be added to what is there."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """A model that is trained between the steps; those after it may ask it by its role."""
+
+    role: str
+    kind: Literal["sft", "dpo"]
+    reads: tuple[str, ...]
+    """The datasets that it learns from, all shards of each."""
+    rows: Callable[[RunConfig, SeedData, Mapping[str, Iterable[pa.Table]]], Iterable[pa.Table]]
+    """Lays out what the trainer reads: rows EXAMPLES or PREFERENCES, a piece at a time."""
+    init_from: str = "policy"
+    """Role of the model whose weights it begins with."""
+    reference: str | None = None
+    """Role of the frozen model in the loss; null = the one it begins with."""
+    once: bool = False
+    """The same for all iterations, as long as its rows are."""
+
+    def name(self, t: int) -> str:
+        """Name the model: M_t's `future` is `M2_future`, one that is trained once has its role's name alone."""
+        return self.role if self.once else f"M{t}_{self.role}"
+
+
 class Measure(NamedTuple):
     """A number that only this method has."""
 
@@ -90,7 +113,7 @@ class Method:
     name: str
     title: str
     source: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Training, ...]
     """The last one makes `pairs`, which M_{t+1} is trained on."""
     given: Callable[[RunConfig, SeedData, int], Given]
     """What iteration t begins with."""
@@ -100,3 +123,8 @@ class Method:
     """Say which settings it cannot work with, what it expected and what to do."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
     """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""
+
+    @property
+    def makes(self) -> tuple[Step, ...]:
+        """The steps that make datasets."""
+        return tuple(step for step in self.steps if isinstance(step, Step))

@@ -7,6 +7,7 @@ import pytest
 
 from srlm_core import methods, recipes
 from srlm_core.methods import METHODS, require_fit
+from srlm_core.methods.record import Step
 
 FOLDER = Path(methods.__file__).parent
 
@@ -30,8 +31,10 @@ def test_each_size_of_a_recipe_is_a_configuration_that_its_method_accepts(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_it_comes_in_four_sizes_and_makes_prompts_and_pairs(name):
     assert {"smoke", "small", "node", "paper"} <= recipes.read(name).sizes.keys()
-    made = [step.makes for step in METHODS[name].steps]
+    made = [step.makes for step in METHODS[name].makes]
     assert made[0] == "prompts"
     assert made[-1] == "pairs"
-    for number, step in enumerate(METHODS[name].steps):
-        assert set(step.reads) <= set(made[:number])
+    before: set[str] = set()
+    for step in METHODS[name].steps:
+        assert set(step.reads) <= before
+        before |= {step.makes} if isinstance(step, Step) else set()
