@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,27 +62,32 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
 
 def campaign(size: Size, prompts: int, *flags: str) -> Took:
-    """Run one iteration as a user would, in a folder of its own, and watch its processes' memory."""
+    """Run one iteration as a user would, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompts.txt"
-        file.write_text("".join(f"{text}\n" for text in distinct(prompts)))
-        chosen = {
-            "iterations": 1, "prompts.target": prompts, "prompts.file": f'"{file}"', "prompts.file_share": 1.0,
-            "responses.n": size.n, "judgments.k": size.k, "engine.shard_rows": size.shard_rows,
-            "evaluation.models": '"none"',
-        }  # fmt: skip
-        settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
-        command = ["run", "self_rewarding", "--size", "smoke", "--root", folder, *settings, *flags]
-        began = time.perf_counter()
-        with (Path(folder) / "log").open("w") as log:
-            child = subprocess.Popen([sys.executable, "-m", "flows.cli", *command], stdout=log, stderr=log)
-            most = 0
-            while child.poll() is None:
-                most = max(most, _resident(child.pid))
-                time.sleep(0.2)
-        if child.returncode:
-            raise SystemExit((Path(folder) / "log").read_text()[-3000:])
-        return Took(round(time.perf_counter() - began, 2), round(most / 2**30, 3))
+        return command(Path(folder), "self_rewarding", size, prompts, {}, *flags)
+
+
+def command(folder: Path, recipe: str, size: Size, prompts: int, chosen: Mapping[str, object], *flags: str) -> Took:
+    """Run one iteration by the command line, and watch its processes' memory."""
+    file = folder / "prompts.txt"
+    file.write_text("".join(f"{text}\n" for text in distinct(prompts)))
+    chosen = {
+        "iterations": 1, "prompts.target": prompts, "prompts.file": f'"{file}"', "prompts.file_share": 1.0,
+        "responses.n": size.n, "judgments.k": size.k, "engine.shard_rows": size.shard_rows,
+        "evaluation.models": '"none"', **chosen,
+    }  # fmt: skip
+    settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+    words = ["run", recipe, "--size", "smoke", "--root", str(folder), *settings, *flags]
+    began = time.perf_counter()
+    with (folder / "log").open("w") as log:
+        child = subprocess.Popen([sys.executable, "-m", "flows.cli", *words], stdout=log, stderr=log)
+        most = 0
+        while child.poll() is None:
+            most = max(most, _resident(child.pid))
+            time.sleep(0.2)
+    if child.returncode:
+        raise SystemExit((folder / "log").read_text()[-3000:])
+    return Took(round(time.perf_counter() - began, 2), round(most / 2**30, 3))
 
 
 def _resident(pid: int) -> int:

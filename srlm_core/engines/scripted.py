@@ -140,7 +140,8 @@ class ScriptedEngine:
         found = _JUDGED.findall(asked)
         seen = quality(found[-1]) if found else 2.5
         score = min(5, max(0, round(seen + rng.gauss(0, 1.2 - self.skill))))
-        return f"The response makes {seen:.0f} sound points.\nScore: {score}"
+        like = f"{rng.choice(_THINGS)} {rng.choice(_FOR)}"  # two judgments are hardly ever the same words
+        return f"The response makes {seen:.0f} sound points, as one on {like}.\nScore: {score}"
 
     def _nearness(self, asked: str, rng: random.Random) -> list[float]:
         """Judge two judgments by how near their scores are to what it sees itself; the first one has an advantage."""
