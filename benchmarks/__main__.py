@@ -16,6 +16,7 @@ BENCHMARKS = {
     "similarity": "the filter on new prompts against comparing all with all",
     "loop": "the loop's own cost at 5,000 x 7 x 11 on the scripted engine, and at ten times the rows",
     "meta": "Meta-Rewarding's own cost at 550,000 comparisons of judgments, on the scripted engine",
+    "logprobs": "log-probabilities of responses, for CREAM, against a bare batched forward",
     "nucleus": "nucleus sampling against none, and against vLLM's own",
     "sampling": "the loop's sampling and judging against one bare vllm.LLM",
     "evaluation": "a whole evaluation of one model against one bare vllm.LLM",
