@@ -59,7 +59,7 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
 
 def step_s(side: Side, size: Size, seed: int, folder: Path) -> float:
-    """Train once; median seconds of a step without the first, which warms up. The scoring by the reference is before."""
+    """Train once; median seconds of a step, without the first, which warms up, and without the reference's scores."""
     seconds: list[float] = []
     work = folder / "work"
     store.write_part(folder / "rows.parquet", _pairs(side, size), "benchmark")
