@@ -45,17 +45,17 @@ OTHERS = (
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Train each way in turn, another one first in each round, and with another seed."""
-    made = {side: Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", 1.05) for side in OTHERS}
+    made = [Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", 1.05) for side in OTHERS]
     sides = [PLAIN, *OTHERS]
     with tempfile.TemporaryDirectory() as folder:
         for r in range(rounds):
             first = r % len(sides)
             took = {side.name: step_s(side, size, r, Path(folder)) for side in sides[first:] + sides[:first]}
             say(f"losses: round {r + 1}/{rounds}: {took}")
-            for side, comparison in made.items():
-                comparison.ours.append(took[side.name])
+            for comparison in made:
+                comparison.ours.append(took[comparison.ours_is])
                 comparison.theirs.append(took[PLAIN.name])
-    return list(made.values())
+    return made
 
 
 def step_s(side: Side, size: Size, seed: int, folder: Path) -> float:
