@@ -1,6 +1,9 @@
-"""The losses of a pair against plain DPO: the same pairs, steps and rates; what a step takes longer."""
+"""The losses of a pair against plain DPO: the same model, pairs and batches, trained in turn step by step.
 
-import shutil
+All four trainers are open in one process, and each batch goes through every one of them before the next: between whole
+trainings a machine can change its pace by more than any loss costs.
+"""
+
 import statistics
 import tempfile
 from pathlib import Path
@@ -8,23 +11,22 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from benchmarks import training as lessons_of
-from benchmarks.sides import Comparison, say
+from benchmarks import training
+from benchmarks.sides import Comparison, say, stopwatch
 from benchmarks.workload import small_model
 from srlm_core import store
 from srlm_core.config import DpoConfig
-from srlm_core.engines import hardware, training_job
+from srlm_core.engines import hardware
 from srlm_core.engines.training_job import TrainingJob
 
 
 class Size(NamedTuple):
     pairs: int
     batch: int
-    micro: int
     max_length: int
 
 
-SIZES = {"cpu": Size(16, 4, 4, 512), "gpu": Size(512, 16, 8, 1024)}
+SIZES = {"cpu": Size(16, 4, 512), "gpu": Size(128, 8, 1024)}
 
 
 class Side(NamedTuple):
@@ -44,13 +46,14 @@ OTHERS = (
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
-    """Train each way in turn, another one first in each round, and with another seed."""
+    """Train on all batches each round; what is compared is the mean of a round's steps."""
     made = [Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", 1.05) for side in OTHERS]
-    sides = [PLAIN, *OTHERS]
     with tempfile.TemporaryDirectory() as folder:
+        trainers = {side.name: open_trainer(side, size, Path(folder)) for side in (PLAIN, *OTHERS)}
+        for trainer in trainers.values():
+            step_s(trainer, next(iter(trainer.get_train_dataloader())))  # the first one makes the optimizer's memory
         for r in range(rounds):
-            first = r % len(sides)
-            took = {side.name: step_s(side, size, r, Path(folder)) for side in sides[first:] + sides[:first]}
+            took = {name: round(seconds, 4) for name, seconds in side_by_side(trainers, r).items()}
             say(f"losses: round {r + 1}/{rounds}: {took}")
             for comparison in made:
                 comparison.ours.append(took[comparison.ours_is])
@@ -58,32 +61,59 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
     return made
 
 
-def step_s(side: Side, size: Size, seed: int, folder: Path) -> float:
-    """Train once; median seconds of a step, without the first, which warms up, and without the reference's scores."""
-    seconds: list[float] = []
-    work = folder / "work"
-    store.write_part(folder / "rows.parquet", _pairs(side, size), "benchmark")
+def side_by_side(trainers: dict[str, Any], r: int) -> dict[str, float]:
+    """Mean seconds of a step of each side; who comes first changes from batch to batch, and from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    names = list(trainers)
+    loaders = (trainer.get_train_dataloader() for trainer in trainers.values())
+    for i, batches in enumerate(zip(*loaders, strict=True)):
+        of_side = dict(zip(names, batches, strict=True))
+        first = (r + i) % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(step_s(trainers[name], of_side[name]))
+    return {name: statistics.fmean(taken) for name, taken in seconds.items()}
+
+
+def step_s(trainer: Any, batch: Any) -> float:
+    """Take one step: forward, backward, the optimizer's part."""
+    with stopwatch() as seconds:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+        loss.backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        loss.item()  # a GPU is done when it has said this
+        return seconds()
+
+
+def open_trainer(side: Side, size: Size, folder: Path) -> Any:
+    """Open the training child's own trainer, in this process; every side has the same batches."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from srlm_core.engines import trl
+
+    torch.set_num_threads(len(hardware.cores()))
+    work = folder / side.name
+    store.write_part(work / "rows.parquet", pairs(side, size), "benchmark")
+    settings = DpoConfig(
+        batch_size=size.batch, micro_batch_size=size.batch, max_length=size.max_length, **side.settings
+    )
     job = TrainingJob(
-        kind="dpo", rows=folder / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work,
-        seed=seed, threads=len(hardware.cores()),
-        settings=DpoConfig(
-            learning_rate=1e-6, final_learning_rate=1e-7, batch_size=size.batch, micro_batch_size=size.micro,
-            max_length=size.max_length, **side.settings,
-        ),
+        kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work,
+        settings=settings,
     )  # fmt: skip
-
-    def note(event: dict[str, Any]) -> None:
-        if event["event"] == "step":
-            seconds.append(event["s_per_step"])
-
-    training_job.train(job, log=folder / "log", on_progress=note)
-    shutil.rmtree(work)
-    return round(statistics.median(seconds[1:]), 4)
+    tokenizer = AutoTokenizer.from_pretrained(job.init_from)
+    rows, _, _ = trl.load_rows(job, tokenizer, trl.Report())
+    trainer = trl.make_trainer(job, rows, [], tokenizer, trl.Report())
+    trainer.create_optimizer()
+    trainer.model.train()
+    return trainer
 
 
-def _pairs(side: Side, size: Size) -> pa.Table:
+def pairs(side: Side, size: Size) -> pa.Table:
     """The training benchmark's pairs, with this side's numbers beside them."""
-    table = lessons_of.lessons("dpo", lessons_of.Size(0, size.pairs, size.batch, size.micro, size.max_length))
+    table = training.lessons("dpo", training.Size(0, size.pairs, size.batch, size.batch, size.max_length))
     for name, value in side.numbers.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.repeat(value, table.num_rows))
     return table
