@@ -1,11 +1,11 @@
 """The losses of a pair against plain DPO: the same model, pairs and batches, trained in turn step by step.
 
-All four trainers are open in one process, and each batch goes through every one of them before the next: between whole
-trainings a machine can change its pace by more than any loss costs.
+Four trainers share one model and its optimizer, and each batch goes through every one of them before the next: between
+whole trainings a machine can change its pace by more than any loss costs. What is held together is each single step.
 """
 
-import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Size(NamedTuple):
     max_length: int
 
 
-SIZES = {"cpu": Size(16, 4, 512), "gpu": Size(128, 8, 1024)}
+SIZES = {"cpu": Size(12, 2, 512), "gpu": Size(128, 8, 1024)}
 
 
 class Side(NamedTuple):
@@ -46,32 +46,39 @@ OTHERS = (
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
-    """Train on all batches each round; what is compared is the mean of a round's steps."""
+    """Train on all batches in each round."""
     made = [Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", 1.05) for side in OTHERS]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {side.name: open_trainer(side, size, Path(folder)) for side in (PLAIN, *OTHERS)}
-        for trainer in trainers.values():
-            step_s(trainer, next(iter(trainer.get_train_dataloader())))  # the first one makes the optimizer's memory
+        share(trainers)
         for r in range(rounds):
-            took = {name: round(seconds, 4) for name, seconds in side_by_side(trainers, r).items()}
-            say(f"losses: round {r + 1}/{rounds}: {took}")
-            for comparison in made:
-                comparison.ours.append(took[comparison.ours_is])
-                comparison.theirs.append(took[PLAIN.name])
+            for took in side_by_side(trainers, r):
+                say(f"losses: round {r + 1}/{rounds}: {took}")
+                for comparison in made:
+                    comparison.ours.append(took[comparison.ours_is])
+                    comparison.theirs.append(took[PLAIN.name])
     return made
 
 
-def side_by_side(trainers: dict[str, Any], r: int) -> dict[str, float]:
-    """Mean seconds of a step of each side; who comes first changes from batch to batch, and from round to round."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+def share(trainers: dict[str, Any]) -> None:
+    """Give all trainers the model and optimizer of the plain one, and take the step that makes the latter's memory."""
+    plain = trainers[PLAIN.name]
+    plain.create_optimizer()
+    plain.model.train()
+    for trainer in trainers.values():
+        trainer.model = trainer.model_wrapped = plain.model
+        trainer.optimizer = plain.optimizer
+    step_s(plain, next(iter(plain.get_train_dataloader())))
+
+
+def side_by_side(trainers: dict[str, Any], r: int) -> Iterator[dict[str, float]]:
+    """Seconds of each batch's step by side; who comes first changes from batch to batch, and from round to round."""
     names = list(trainers)
     loaders = (trainer.get_train_dataloader() for trainer in trainers.values())
     for i, batches in enumerate(zip(*loaders, strict=True)):
         of_side = dict(zip(names, batches, strict=True))
         first = (r + i) % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(step_s(trainers[name], of_side[name]))
-    return {name: statistics.fmean(taken) for name, taken in seconds.items()}
+        yield {name: step_s(trainers[name], of_side[name]) for name in names[first:] + names[:first]}
 
 
 def step_s(trainer: Any, batch: Any) -> float:
@@ -83,7 +90,7 @@ def step_s(trainer: Any, batch: Any) -> float:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         loss.item()  # a GPU is done when it has said this
-        return seconds()
+        return round(seconds(), 4)
 
 
 def open_trainer(side: Side, size: Size, folder: Path) -> Any:
@@ -100,15 +107,12 @@ def open_trainer(side: Side, size: Size, folder: Path) -> Any:
         batch_size=size.batch, micro_batch_size=size.batch, max_length=size.max_length, **side.settings
     )
     job = TrainingJob(
-        kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work,
+        kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work, threads=len(hardware.cores()),
         settings=settings,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(job.init_from)
     rows, _, _ = trl.load_rows(job, tokenizer, trl.Report())
-    trainer = trl.make_trainer(job, rows, [], tokenizer, trl.Report())
-    trainer.create_optimizer()
-    trainer.model.train()
-    return trainer
+    return trl.make_trainer(job, rows, [], tokenizer, trl.Report())
 
 
 def pairs(side: Side, size: Size) -> pa.Table:
