@@ -107,8 +107,8 @@ def open_trainer(side: Side, size: Size, folder: Path) -> Any:
         batch_size=size.batch, micro_batch_size=size.batch, max_length=size.max_length, **side.settings
     )
     job = TrainingJob(
-        kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work, threads=len(hardware.cores()),
-        settings=settings,
+        kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work,
+        threads=len(hardware.cores()), settings=settings,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(job.init_from)
     rows, _, _ = trl.load_rows(job, tokenizer, trl.Report())
