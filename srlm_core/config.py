@@ -275,6 +275,26 @@ class CreamConfig(Settings):
     """One C for all pairs, the mean over prompts, or each prompt's own (the mean where that is undefined)."""
 
 
+class DnoConfig(Settings):
+    """Which pairs have a large margin (Direct Nash Optimization, arXiv:2404.03715 section 5.1); for method `dno`."""
+
+    judge_by: Literal["score", "win_rate"] = "score"
+    """What a response is worth: the judge's `score`, of responses and references alike (the paper, which shows it all
+    of a prompt at once), or its `win_rate` against the others of its prompt, compared in both orders."""
+    min_positive: float = Field(default=4.0, ge=0, le=5)
+    """Smallest score of a chosen response, rubric points (theirs: 5, on a scale to 6). For `score`."""
+    reference_margin: float = Field(default=2.0, gt=0)
+    """Smallest lead of a reference that is chosen, rubric points (theirs: 2 of 6). For `score`."""
+    own_margin: float = Field(default=1.0, gt=0)
+    """Smallest lead of a response of the policy that is chosen, rubric points (theirs: 1 of 6). For `score`."""
+    win_margin: float = Field(default=0.2, gt=0, le=1)
+    """Smallest lead of any that is chosen, in win rate. For `win_rate`. Ours."""
+    restrictive: bool = False
+    """Choose references alone, against the policy's responses (their DNO-Restrictive)."""
+    max_pairs_per_prompt: int | None = Field(default=None, ge=1)
+    """Take the pairs of the largest lead, at most so many of a prompt; null = all (the paper). Ours."""
+
+
 class OptimizerConfig(Settings):
     """One training run."""
 
@@ -338,6 +358,19 @@ class DpoConfig(OptimizerConfig):
     """Frozen model in the loss: M_t, M1, or M0. Not named in the paper; start-of-iteration is public practice."""
     data: Literal["latest", "last_two", "cumulative"] = "latest"
     """Pairs of this iteration, of this and the one before (SPIN), or of all iterations so far."""
+    replay: float = Field(default=0.0, ge=0, le=1)
+    """Beside the latest pairs, train on at most this share of those of the iteration before, half of that share of the
+    one before it, and so on; drawn anew each time (arXiv:2404.03715 section 5.1: 0.3; the share's base, the pairs of
+    that iteration, is ours). 0 = none."""
+
+    @model_validator(mode="after")
+    def _replay_adds_to_the_latest(self) -> "DpoConfig":
+        if self.replay and self.data != "latest":
+            raise ValueError(
+                f"training.dpo.replay={self.replay} adds earlier pairs to the latest, and "
+                f"training.dpo.data={self.data!r} has them all. Set one of the two."
+            )
+        return self
 
 
 class TrainingConfig(Settings):
@@ -457,6 +490,7 @@ class RunConfig(Settings):
     pairs: PairsConfig = PairsConfig()
     meta: MetaConfig = MetaConfig()
     cream: CreamConfig = CreamConfig()
+    dno: DnoConfig = DnoConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -504,7 +538,7 @@ class RunConfig(Settings):
         return type(self).model_validate(settings)
 
 
-SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "training.dpo.")
+SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "dno.", "training.dpo.")
 """Where settings lie that may change from iteration to iteration."""
 
 

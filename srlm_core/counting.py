@@ -136,14 +136,16 @@ def _read(path: Path, columns: Sequence[str], counts: IterationCounts) -> pa.Tab
 
 
 def _count_responses(counts: IterationCounts, rows: pa.Table) -> dict[str, int]:
-    tokens = rows["n_tokens"].to_pylist()
-    for n_tokens, text, reason in zip(
-        tokens, rows["response"].to_pylist(), rows["finish_reason"].to_pylist(), strict=True
-    ):
-        counts.tokens.add(n_tokens)
-        counts.chars.add(len(text))
-        counts.truncated.add(float(reason == "length"))
-    return dict(zip(rows["response_id"].to_pylist(), tokens, strict=True))
+    """Count what models wrote: a reference has no tokens of theirs."""
+    lengths: dict[str, int] = {}
+    columns = (rows[name].to_pylist() for name in ("response_id", "n_tokens", "response", "finish_reason"))
+    for response_id, n_tokens, text, reason in zip(*columns, strict=True):
+        if n_tokens is not None:
+            lengths[response_id] = n_tokens
+            counts.tokens.add(n_tokens)
+            counts.chars.add(len(text))
+            counts.truncated.add(float(reason == "length"))
+    return lengths
 
 
 def _count_judgments(

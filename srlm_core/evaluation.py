@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import kendalltau, spearmanr
 
-from srlm_core import judgments, schemas
-from srlm_core.engines.protocol import Engine, Request
+from srlm_core import comparisons, judgments, schemas
+from srlm_core.comparisons import Match
 from srlm_core.length_control import length_controlled
 from srlm_core.rates import Rate, rate
 from srlm_core.store import digest
@@ -248,17 +248,6 @@ def attack_shift(attacks: Sequence[Mapping[str, Any]], scores: Mapping[str, floa
 # --- head to head ---------------------------------------------------------------------------------------------------
 
 
-class Match(NamedTuple):
-    """Two models' answers to one prompt."""
-
-    prompt_id: str
-    prompt: str
-    a_id: str
-    a: str
-    b_id: str
-    b: str
-
-
 def matches(prompts: pa.Table, a: pa.Table, b: pa.Table) -> list[Match]:
     """Join two models' first answers by prompt; prompts that either did not answer are left out."""
     answers = [{row["prompt_id"]: row for row in side.to_pylist() if row["index"] == 0} for side in (a, b)]
@@ -284,68 +273,20 @@ def best_against_worst(groups: Iterable[Mapping[str, Any]]) -> list[Match]:
     return played
 
 
-def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tuple[pa.Table, pa.Table]:
-    """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS."""
-    rubric = judgments.load_rubric("pairwise", justified=None)
-    shown = {f"{order}/{match.prompt_id}": (match, order) for match in played for order in ("ab", "ba")}
-    requests = [
-        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
-        for key, (match, order) in shown.items()
-    ]
-    told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
-    rows: list[dict[str, object]] = []
-    drops: list[dict[str, object]] = []
-    for key, (match, order) in shown.items():
-        logprobs = told[key].logprobs
-        if logprobs is None:
-            why = "judge_prompt_too_long" if told[key].missing == "too_long" else "no_answer"
-            row = {"id": digest(key, match.a_id, match.b_id), "stage": "evaluation", "reason": why}
-            drops.append({**row, "iteration": 0, "detail": None})
-            continue
-        p_first = judgments.normalise(logprobs)[0]
-        first, second = (match.a_id, match.b_id) if order == "ab" else (match.b_id, match.a_id)
-        rows.append(
-            {
-                "judgment_id": digest(first, second, judge_name, rubric.identity),
-                "target_id": match.a_id,
-                "other_id": match.b_id,
-                "first": first,
-                "prompt_id": match.prompt_id,
-                "iteration": 0,
-                "index": 0 if order == "ab" else 1,
-                "form": "pairwise",
-                "reading": "expected",
-                "judge": judge_name,
-                "rubric": rubric.identity,
-                "text": f"Better: A:{p_first:.3f} B:{1 - p_first:.3f}",
-                "verdict": p_first,
-                "unreadable_reason": None,
-                "finish_reason": "stop",
-                "seed": 0,
-            }
-        )
-    return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
-
-
-def _in_order(match: Match, order: str) -> dict[str, str]:
-    return {"first": match.a, "second": match.b} if order == "ab" else {"first": match.b, "second": match.a}
-
-
 def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Count wins, ties and losses of target against other; a verdict that changes with the order is a tie.
 
     120 wins, 80 ties, 56 losses of 256: 46.9 / 31.3 / 21.9 %, and 0.625 with ties as halves. `lengths`: characters of
     the answers, by id; `length_controlled` is what the 0.625 would be at equal length (srlm_core/length_control.py).
     """
-    both = _in_both_orders(rows)
+    both = comparisons.in_both_orders(rows)
     points = [_point(orders[True], orders[False]) for orders in both.values()]
-    flips = [float((orders[True] > 0.5) != (orders[False] > 0.5)) for orders in both.values()]
     result: dict[str, Any] = {
         "win": rate([float(point == 1) for point in points])._asdict(),
         "tie": rate([float(point == 0.5) for point in points])._asdict(),
         "lose": rate([float(point == 0) for point in points])._asdict(),
         "win_or_half_tie": rate(points)._asdict(),
-        "flip_rate": rate(flips)._asdict(),
+        "flip_rate": rate(comparisons.flips(rows))._asdict(),
     }
     if lengths is not None:
         more = np.array([float(lengths[a] - lengths[b]) for a, b in both])
@@ -355,18 +296,9 @@ def tally(rows: pa.Table, lengths: Mapping[str, int] | None = None) -> dict[str,
     return result
 
 
-def _in_both_orders(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
-    """Return the chance of target being better, shown first (True) and shown second, where both were judged."""
-    seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
-    for row in rows.to_pylist():
-        a_first = row["first"] == row["target_id"]
-        seen[row["target_id"], row["other_id"]][a_first] = row["verdict"] if a_first else 1 - row["verdict"]
-    return {pair: orders for pair, orders in seen.items() if len(orders) == 2}
-
-
 def results(rows: pa.Table) -> dict[tuple[str, str], float]:
     """Return what a judge made of each two answers: 1, the target's is better; 0; and 1/2, a tie or it cannot say."""
-    return {pair: _point(orders[True], orders[False]) for pair, orders in _in_both_orders(rows).items()}
+    return {pair: _point(orders[True], orders[False]) for pair, orders in comparisons.in_both_orders(rows).items()}
 
 
 def agreement(first: Mapping[tuple[str, str], float], second: Mapping[tuple[str, str], float]) -> dict[str, Any]:

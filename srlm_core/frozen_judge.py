@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import evaluation, own_answers, store
+from srlm_core import comparisons, evaluation, own_answers, store
 from srlm_core.backend import Model
 from srlm_core.config import RunConfig
 from srlm_core.executor import Pending, Work
@@ -99,7 +99,7 @@ def _all_matches(run: Run, judge: Model, lend: Lend, folder: Path) -> dict[str, 
         a, b = store.read_part(answered[newer]), store.read_part(answered[older])
         played = evaluation.matches(asked, a, b)
         name = f"{newer}_vs_{older}"
-        compare = partial(evaluation.compare, played, judge_name=judge.name)
+        compare = partial(comparisons.compare, played, judge_name=judge.name)
         what = ["head to head", evaluation.VERSION, [list(match) for match in played]]
         work = partial(make_part, run, folder, name, judge, lend, compare, what)
         lengths = {row["response_id"]: len(row["response"]) for row in a.to_pylist() + b.to_pylist()}

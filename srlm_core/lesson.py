@@ -44,12 +44,13 @@ class Lesson(NamedTuple):
         return training_dir / self.name if on_the_way or self.folder.name == "bootstrap" else training_dir
 
     def fingerprint(self, config: RunConfig) -> str:
-        """Hash what the trained weights depend on."""
+        """Hash what the trained weights depend on; of its settings, what holds in its iteration."""
+        now = config.model_copy(update={"training": config.training.model_copy(update={self.kind: self.config})})
         return digest(
             {
                 "version": training.VERSION, "kind": self.kind, "seed": config.seed,
                 "rows": store.rows_digest(self.rows(), self.schema),
-                "settings": settings.pick(config, (f"training.{self.kind}",)),
+                "settings": settings.pick(now, (f"training.{self.kind}",)),
                 "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
             },
             length=32,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from srlm_core import annotating, frozen_judge, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
-from srlm_core.errors import NothingLeft
+from srlm_core.errors import NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
 from srlm_core.run import BASELINE, Run
 from srlm_core.shards import make_datasets
@@ -40,7 +40,7 @@ def iterate(run: Run, t: int) -> None:
     made = make_datasets(run, t, policy)
     _require_rows(run, t, made)
     folder, how = run.campaign.iteration(t), run.config.at(t).training.dpo
-    parts = _parts_to_train_on(run, t, how.data, made)
+    parts = [*_replayed(run, t, how.replay), *_parts_to_train_on(run, t, how.data, made)]
     reference, init = _anchor(run, how.reference, policy), _anchor(run, how.init_from, policy)
     with annotating.meanwhile(run, policy):
         teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
@@ -101,6 +101,8 @@ def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
 def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
     if not counts.get("prompts"):
         return "No prompt survived: raise prompts.max_attempts, set prompts.form=completion, or give prompts.file."
+    if {reason for reason, _ in seen.most_common(1)} & {"pairs: no_positive", "pairs: margin_too_small"}:
+        return "No response was good enough, or led by enough: lower the scores and margins that the method pairs by."
     unreadable = sum(count for reason, count in seen.items() if reason.startswith("unreadable"))
     judged = counts.get("judgments")
     if judged and unreadable == judged:
@@ -117,14 +119,64 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
     return "No prompt had two scores that differ: raise judgments.k or responses.n, or set judgments.reading=expected."
 
 
-def _parts_to_train_on(run: Run, t: int, data: str, made: Mapping[str, Sequence[Made]]) -> list[Path]:
+class _Part(NamedTuple):
+    """A part of pairs to train on."""
+
+    path: Path
+    only: frozenset[str] | None = None
+    """The ids of those that are taken; null: all."""
+
+
+def _parts_to_train_on(run: Run, t: int, data: str, made: Mapping[str, Sequence[Made]]) -> list[_Part]:
     first = {"latest": t, "last_two": t - 1, "cumulative": 1}[data]
     earlier = (run.campaign.iteration(s) / "pairs" for s in range(max(first, 1), t))
-    return [path for folder in earlier for path in store.parts(folder)] + [part.path for part in made["pairs"]]
+    old = [path for folder in earlier for path in store.parts(folder)]
+    return [_Part(path) for path in [*old, *(part.path for part in made["pairs"])]]
 
 
-def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    return (training.preferences(store.read_part(path)) for path in parts)
+def _replayed(run: Run, t: int, share: float) -> list[_Part]:
+    """Draw what is replayed: `share` of the pairs of t - 1, and half the share with each iteration further back.
+
+    A pair is drawn by its id, over the whole iteration: only ids are in memory. Raises StoreError for a damaged part.
+    """
+    taken: list[_Part] = []
+    for back in range(1, t if share else 1):
+        ids = {path: _ids_of_whole(path) for path in _pairs_of(run, t - back)}
+        everyone = (pair_id for of in ids.values() for pair_id in of)
+        drawn = training.draw(everyone, share / 2 ** (back - 1), run.config.seed, t)
+        taken += [_Part(path, drawn) for path in ids]
+    return taken
+
+
+def _pairs_of(run: Run, t: int) -> list[Path]:
+    """List the parts of an iteration's pairs, one for each of its prompts' parts. Raises StoreError if one is gone."""
+    folder = run.campaign.iteration(t)
+    found = store.parts(folder / "pairs")
+    gone = {path.name for path in store.parts(folder / "prompts")} - {path.name for path in found}
+    if gone or not found:
+        raise _cannot_replay(folder / "pairs" / min(gone, default="part-00000.parquet"), "none is there")
+    return found
+
+
+def _ids_of_whole(path: Path) -> list[str]:
+    if store.stamp_of(path) is None:
+        raise _cannot_replay(path, "it is damaged")
+    return store.read_part(path)["pair_id"].to_pylist()
+
+
+def _cannot_replay(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"training.dpo.replay: expected the pairs of an earlier iteration in {path}, but {why}. Run the same command "
+        "again: what is missing is made again, in order; or set training.dpo.replay=0."
+    )
+
+
+def _preferences(parts: Sequence[_Part]) -> Iterator[pa.Table]:
+    for path, only in parts:
+        pairs = store.read_part(path)
+        if only is not None:
+            pairs = pairs.filter(pa.array([pair_id in only for pair_id in pairs["pair_id"].to_pylist()], pa.bool_()))
+        yield training.preferences(pairs)
 
 
 def _anchor(run: Run, which: str, policy: Model) -> Model:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import answers, evaluation, judgments, own_answers, responses, schemas, settings, store
+from srlm_core import answers, comparisons, evaluation, judgments, own_answers, responses, schemas, settings, store
 from srlm_core.backend import Model
 from srlm_core.config import JudgmentsConfig, RunConfig, SamplingConfig
 from srlm_core.engines.on_demand import OnDemand
@@ -102,7 +102,7 @@ def _in_both_orders(run: Run, model: Model) -> Piece:
     """Lay out the best and the worst response of held-out groups, each shown first once."""
     played = evaluation.best_against_worst(run.seed_data.heldout[: run.config.evaluation.order_groups])
     rubric = judgments.load_rubric("pairwise", justified=None).identity
-    return partial(evaluation.compare, played, judge_name=model.name), ["order", rubric, [list(m) for m in played]]
+    return partial(comparisons.compare, played, judge_name=model.name), ["order", rubric, [list(m) for m in played]]
 
 
 def _answer(run: Run, model: Model, asked: pa.Table, name: str) -> Piece:

@@ -18,7 +18,7 @@ from srlm_core.config import RunConfig
 from srlm_core.measures import OF_THE_ANSWERS, OF_THE_ITERATION, OF_THE_JUDGE, suite_measures
 from srlm_core.rates import Rate, rate
 from srlm_core.report_figures import all_figures
-from srlm_core.show import Story, sample, show, trained
+from srlm_core.show import Story, length, sample, show, trained
 from srlm_core.spelling import spell
 from srlm_core.summary import Summary
 
@@ -390,7 +390,7 @@ def _told_response(story: Story, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "number": row["index"] + 1,
         "text": _cut(row["response"]),
-        "tokens": row["n_tokens"],
+        "length": length(row),
         "cut": row["finish_reason"] == "length",
         "role": story.role(row["response_id"]),
         "score": spell(score.mean) if score else None,

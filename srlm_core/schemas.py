@@ -31,13 +31,14 @@ RESPONSES = pa.schema(
         _required("iteration", pa.int32()),
         _required("index", pa.int32()),
         _required("response", pa.string()),
-        _required("n_tokens", pa.int32()),
+        pa.field("n_tokens", pa.int32()),
         _required("finish_reason", pa.string()),
         _required("source", pa.string()),
         _required("model", pa.string()),
         _required("seed", pa.int64()),
     ]
 )
+"""n_tokens: null for a response that no model of the campaign wrote, such as a reference."""
 JUDGMENTS = pa.schema(
     [
         _required("judgment_id", pa.string()),

@@ -36,12 +36,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "responses": ("responses",),
     "judgments": (
         "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
+        "dno.judge_by",
     ),
     "meta_judgments": (
         "meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling",
     ),
     "pairs": ("pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share",
-              "cream"),
+              "cream", "dno.min_positive", "dno.reference_margin", "dno.own_margin", "dno.win_margin",
+              "dno.restrictive", "dno.max_pairs_per_prompt"),
     "training": ("training.dpo",),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",

@@ -83,6 +83,12 @@ class Story(NamedTuple):
         return f"no pair ({reason})" if reason else "no pair yet"
 
 
+def length(response: Mapping[str, Any]) -> str:
+    """How long a response is, or where it came from if no model wrote it here."""
+    n_tokens = response["n_tokens"]
+    return f"from the data ({response['source']})" if n_tokens is None else f"{n_tokens} tokens"
+
+
 def _margin(pair: Mapping[str, Any]) -> str:
     if pair["chosen_score"] is None or pair["rejected_score"] is None:
         return "no scores"
@@ -272,7 +278,7 @@ def _response_lines(story: Story, response: Mapping[str, Any]) -> list[str]:
     score = story.scores.get(response_id)
     role = story.role(response_id)
     facts = [
-        f"{response['n_tokens']} tokens",
+        length(response),
         "cut at max_tokens" if response["finish_reason"] == "length" else f"ended by {response['finish_reason']}",
         f"score {score.mean:.2f} of {score.n} readable" if score else "no score",
     ]

@@ -3,6 +3,7 @@
 This module lays out the rows; the trainer behind the engine seam does the steps.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from srlm_core.engines.protocol import Message
 from srlm_core.store import digest
 
 VERSION = 3
+_EPSILON = 1e-9
+"""0.15 of 20 is 3, whatever the product's last bit says."""
 
 
 def _turn(role: str, text: str) -> Message:
@@ -81,6 +84,12 @@ def _assistant_turns(texts: pa.ChunkedArray) -> pa.Array:
     columns = [pa.repeat("assistant", len(texts)), texts.combine_chunks()]
     said = pa.StructArray.from_arrays(columns, fields=list(schemas.MESSAGES.value_type))
     return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), said)
+
+
+def draw(pair_ids: Iterable[str], share: float, *where: Any) -> frozenset[str]:
+    """Draw at most `share` of the pairs by the hash of their ids and of `where`; their order does not matter."""
+    ids = sorted(pair_ids, key=lambda pair_id: digest("replay", *where, pair_id))
+    return frozenset(ids[: math.floor(share * len(ids) + _EPSILON)])
 
 
 def hold_out(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:

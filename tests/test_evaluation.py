@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import judgments, prompts, responses
 
-from srlm_core import evaluation
+from srlm_core import comparisons, evaluation
 from srlm_core.config import EngineConfig
 from srlm_core.engines.protocol import TokenScores
 from srlm_core.engines.scripted import ScriptedEngine, base_model
@@ -118,7 +118,7 @@ def played(word):
     a = responses([("p0", "good a0", "stop"), ("p1", "good a1", "stop")])
     b = responses([("p0", "b0", "stop"), ("p1", "b1", "stop")])
     b = b.set_column(0, b.schema.field(0), [["s0", "s1"]])
-    rows, _ = evaluation.compare(evaluation.matches(asked, a, b), Prefers(word), judge_name="J")
+    rows, _ = comparisons.compare(evaluation.matches(asked, a, b), Prefers(word), judge_name="J")
     return evaluation.tally(rows)
 
 
@@ -133,7 +133,7 @@ def test_the_pull_of_the_order():
     assert [(match.a, match.b) for match in played] == [("good", "bad")] * 2
 
     def pull(word):
-        return evaluation.pull_of_order(evaluation.compare(played, Prefers(word), judge_name="J")[0])
+        return evaluation.pull_of_order(comparisons.compare(played, Prefers(word), judge_name="J")[0])
 
     assert {key: value["value"] for key, value in pull("good").items()} == {
         "first_preferred": 0.5, "better_preferred": 1, "flip_rate": 0,

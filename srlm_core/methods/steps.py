@@ -1,10 +1,13 @@
 """The steps that methods share: Self-Rewarding's (arXiv:2401.10020 section 2.2), which others replace or add to."""
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
-from srlm_core import judgments, pairs, prompts, responses, schemas
+from srlm_core import comparisons, judgments, pairs, prompts, responses, schemas
 from srlm_core.config import RunConfig
-from srlm_core.methods.record import Given, Shard, Step
+from srlm_core.methods.record import Given, Measure, Shard, Step
+from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
 
 
@@ -98,6 +101,32 @@ def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
     )
 
 
+def compare(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Have the judge compare each two responses of a prompt, in both orders."""
+    worth_judging = responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
+    return comparisons.compare(
+        comparisons.all_pairs(shard.inputs["prompts"], worth_judging), shard.engine,
+        judge_name=shard.models["judge"], iteration=shard.iteration, stage="comparisons",
+    )  # fmt: skip
+
+
+def measure_comparisons(parts: Iterable[pa.Table]) -> dict[str, Measure]:
+    """Say how much the order decides where the judge compares, and how many comparisons are missing."""
+    flips: list[float] = []
+    first: list[float] = []
+    missing: list[float] = []
+    for rows in parts:
+        flips += comparisons.flips(rows)
+        first += [float(verdict > 0.5) for verdict in rows["verdict"].to_pylist() if verdict not in (None, 0.5)]
+        found = comparisons.win_rates(rows)
+        missing += [0.0] * (len(found.p) // 2) + [1.0] * found.missing
+    return {
+        "comparison_flip_rate": Measure("comparisons that the order decides", rate(flips)),
+        "comparison_first_wins": Measure("… the one shown first wins", rate(first)),
+        "comparison_missing": Measure("… judged in one order only, left out", rate(missing)),
+    }
+
+
 PROMPTS = Step(
     "prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True
 )
@@ -106,6 +135,9 @@ JUDGMENTS = Step(
     "judgments", ("prompts", "responses"), "judge", judgments.VERSION, judgments.SETTINGS, judge,
     texts=judgments.texts, passes=lambda config: config.judgments.k,
 )  # fmt: skip
+COMPARISONS = Step(
+    "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, (), compare, texts=comparisons.texts
+)
 PAIRS = Step(
     "pairs", ("prompts", "responses", "judgments"), None, pairs.VERSION,
     ("pairs", "judgments.k", "judgments.min_valid"), pair,

@@ -1,0 +1,154 @@
+"""comparisons: a judge says which of two responses is better, each pair of them in both orders.
+
+p is read off the next token, nothing is written. A pair that was not judged in both orders counts for nothing: a single
+order measures the place as much as the response. Win rates after arXiv:2405.00675 section 4 and arXiv:2404.03715.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from srlm_core import judgments, schemas
+from srlm_core.config import RunConfig
+from srlm_core.engines.protocol import Engine, Request
+from srlm_core.store import digest
+
+VERSION = 1
+
+
+class Match(NamedTuple):
+    """Two responses to one prompt."""
+
+    prompt_id: str
+    prompt: str
+    a_id: str
+    a: str
+    b_id: str
+    b: str
+
+
+def texts(config: RunConfig) -> list[str]:
+    """Identify the template that a comparison is asked with."""
+    return [_rubric().identity]
+
+
+def _rubric() -> judgments.Rubric:
+    return judgments.load_rubric("pairwise", justified=None)
+
+
+def all_pairs(prompts: pa.Table, responses: Iterable[Mapping[str, Any]]) -> list[Match]:
+    """Match each two responses of a prompt, the one of the lower index as `a`: n (n - 1) / 2 of n."""
+    asked = {row["prompt_id"]: schemas.conversation(row["messages"]) for row in prompts.to_pylist()}
+    said: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in sorted(responses, key=lambda row: row["index"]):
+        said[row["prompt_id"]].append(row)
+    return [
+        Match(prompt, text, a["response_id"], a["response"], b["response_id"], b["response"])
+        for prompt, text in asked.items()
+        for a, b in itertools.combinations(said[prompt], 2)
+    ]
+
+
+def compare(
+    played: Sequence[Match], engine: Engine, *, judge_name: str, iteration: int = 0, stage: str = "evaluation"
+) -> tuple[pa.Table, pa.Table]:
+    """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS."""
+    rubric = _rubric()
+    shown = {f"{order}/{number}": (match, order) for number, match in enumerate(played) for order in ("ab", "ba")}
+    requests = [
+        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
+        for key, (match, order) in shown.items()
+    ]
+    told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
+    rows: list[dict[str, object]] = []
+    drops: list[dict[str, object]] = []
+    for key, (match, order) in shown.items():
+        logprobs = told[key].logprobs
+        if logprobs is None:
+            why = "judge_prompt_too_long" if told[key].missing == "too_long" else "no_answer"
+            row = {"id": digest(order, match.prompt_id, match.a_id, match.b_id), "stage": stage, "reason": why}
+            drops.append({**row, "iteration": iteration, "detail": None})
+        else:
+            p_first = judgments.normalise(logprobs)[0]
+            rows.append(_row(match, order, p_first, judge_name, rubric.identity, iteration))
+    return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
+
+
+def _in_order(match: Match, order: str) -> dict[str, str]:
+    return {"first": match.a, "second": match.b} if order == "ab" else {"first": match.b, "second": match.a}
+
+
+def _row(match: Match, order: str, p_first: float, judge: str, rubric: str, iteration: int) -> dict[str, object]:
+    first, second = (match.a_id, match.b_id) if order == "ab" else (match.b_id, match.a_id)
+    return {
+        "judgment_id": digest(first, second, judge, rubric),
+        "target_id": match.a_id,
+        "other_id": match.b_id,
+        "first": first,
+        "prompt_id": match.prompt_id,
+        "iteration": iteration,
+        "index": 0 if order == "ab" else 1,
+        "form": "pairwise",
+        "reading": "expected",
+        "judge": judge,
+        "rubric": rubric,
+        "text": f"Better: A:{p_first:.3f} B:{1 - p_first:.3f}",
+        "verdict": p_first,
+        "unreadable_reason": None,
+        "finish_reason": "stop",
+        "seed": 0,
+    }
+
+
+# --- what they come to ----------------------------------------------------------------------------------------------
+
+
+def in_both_orders(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
+    """Return the chance of target being better, shown first (True) and shown second, where both were judged."""
+    return {pair: orders for pair, orders in _by_pair(rows).items() if len(orders) == 2}
+
+
+def _by_pair(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
+    seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
+    for row in rows.select(["target_id", "other_id", "first", "verdict"]).to_pylist():
+        orders, a_first = seen[row["target_id"], row["other_id"]], row["first"] == row["target_id"]
+        if row["verdict"] is not None:
+            orders[a_first] = row["verdict"] if a_first else 1 - row["verdict"]
+    return seen
+
+
+def flips(rows: pa.Table) -> list[float]:
+    """Return for each pair judged in both orders 1 where the order changes which is better, else 0."""
+    return [float((of[True] > 0.5) != (of[False] > 0.5)) for of in in_both_orders(rows).values()]
+
+
+class WinRates(NamedTuple):
+    """What comparisons come to."""
+
+    p: dict[tuple[str, str], float]
+    """P(the first id is better than the second), mean of both orders; each pair both ways, and the two sum to 1."""
+    mean: dict[str, float]
+    """Response id to its mean P against the others of its prompt that it was compared with, 0 to 1."""
+    missing: int
+    """Pairs left out: one order was not judged. Those of which neither was have no row; they are in the drops."""
+
+
+def win_rates(rows: pa.Table) -> WinRates:
+    """Average the orders, then the opponents.
+
+    A over B by 0.9 shown first and 0.7 shown second, over C by 0.6 and 0.6: P(A, B) = 0.8, P(B, A) = 0.2, A's mean 0.7.
+    """
+    both = in_both_orders(rows)
+    p: dict[tuple[str, str], float] = {}
+    against: dict[str, list[float]] = defaultdict(list)
+    for (a, b), orders in both.items():
+        p[a, b] = (orders[True] + orders[False]) / 2
+        p[b, a] = 1 - p[a, b]
+        against[a].append(p[a, b])
+        against[b].append(p[b, a])
+    mean = {name: math.fsum(values) / len(values) for name, values in against.items()}
+    return WinRates(p, mean, len(_by_pair(rows)) - len(both))
