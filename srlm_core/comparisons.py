@@ -8,16 +8,19 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from srlm_core import judgments, schemas
 from srlm_core.config import RunConfig
-from srlm_core.engines.protocol import Engine, Request
-from srlm_core.store import digest
+from srlm_core.engines.protocol import Engine, Message, Request, Sampling
+from srlm_core.store import digest, seed_for
 
 VERSION = 1
+VERDICT = "Better: "
+"""How the line begins that names the better response."""
 
 
 class Match(NamedTuple):
@@ -54,28 +57,53 @@ def all_pairs(prompts: pa.Table, responses: Iterable[Mapping[str, Any]]) -> list
 
 
 def compare(
-    played: Sequence[Match], engine: Engine, *, judge_name: str, iteration: int = 0, stage: str = "evaluation"
+    played: Sequence[Match],
+    engine: Engine,
+    *,
+    judge_name: str,
+    iteration: int = 0,
+    stage: str = "evaluation",
+    rubric: judgments.Rubric | None = None,
+    also: Mapping[str, Mapping[str, str]] | None = None,
+    explained: Sampling | None = None,
+    seed: int = 0,
 ) -> tuple[pa.Table, pa.Table]:
-    """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS."""
-    rubric = _rubric()
+    """Judge each match in both orders; rows JUDGMENTS (form pairwise, verdict = p(first is better)), and DROPS.
+
+    `rubric`: another template, and `also`, by prompt id, what else it is filled in with. `explained`: how an
+    explanation is drawn before the verdict is read; none: the verdict alone.
+    """
+    rubric, also = rubric or _rubric(), also or {}
     shown = {f"{order}/{number}": (match, order) for number, match in enumerate(played) for order in ("ab", "ba")}
-    requests = [
-        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
+    asked = {
+        key: rubric.ask(prompt=match.prompt, **_in_order(match, order), **also.get(match.prompt_id, {}))
         for key, (match, order) in shown.items()
-    ]
+    }
+    before = _explain(asked, engine, explained, seed) if explained else dict.fromkeys(asked, "")
+    requests = [Request(key, messages=asked[key], prefix=f"{text}{VERDICT}") for key, text in before.items()]
     told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for key, (match, order) in shown.items():
-        logprobs = told[key].logprobs
+        logprobs = told[key].logprobs if key in told else None
         if logprobs is None:
-            why = "judge_prompt_too_long" if told[key].missing == "too_long" else "no_answer"
+            why = "no_answer" if key in told and told[key].missing != "too_long" else "judge_prompt_too_long"
             row = {"id": digest(order, match.prompt_id, match.a_id, match.b_id), "stage": stage, "reason": why}
             drops.append({**row, "iteration": iteration, "detail": None})
         else:
             p_first = judgments.normalise(logprobs)[0]
-            rows.append(_row(match, order, p_first, judge_name, rubric.identity, iteration))
+            row = _row(match, order, p_first, judge_name, rubric.identity, iteration)
+            rows.append({**row, "text": f"{before[key]}{row['text']}"})
     return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
+
+
+def _explain(asked: Mapping[str, tuple[Message, ...]], engine: Engine, how: Sampling, seed: int) -> dict[str, str]:
+    """Write an explanation of each, up to its verdict; what does not fit the context has none."""
+    how = replace(how, stop=(VERDICT.strip(),))
+    requests = [Request(key, messages=messages, sampling=how, seed=seed_for(seed, "explain", messages[-1]["content"]))
+                for key, messages in asked.items()]  # fmt: skip
+    told = {done.request_id: done for done in engine.generate(requests)}
+    return {key: f"{told[key].text.strip()}\n" for key in asked if told[key].finish_reason in ("stop", "length")}
 
 
 def _in_order(match: Match, order: str) -> dict[str, str]:
@@ -96,7 +124,7 @@ def _row(match: Match, order: str, p_first: float, judge: str, rubric: str, iter
         "reading": "expected",
         "judge": judge,
         "rubric": rubric,
-        "text": f"Better: A:{p_first:.3f} B:{1 - p_first:.3f}",
+        "text": f"{VERDICT}A:{p_first:.3f} B:{1 - p_first:.3f}",
         "verdict": p_first,
         "unreadable_reason": None,
         "finish_reason": "stop",

@@ -265,6 +265,23 @@ class MetaConfig(Settings):
     1 = off. Ours."""
 
 
+class RlaifConfig(Settings):
+    """Critique, revision and preference under principles (Constitutional AI, arXiv:2212.08073); for method `rlaif`."""
+
+    principles: str = "harmless"
+    """Name of a file in srlm_core/principles, or the path of your own: one a line."""
+    rounds: int = Field(default=4, ge=1)
+    """Critiques and revisions of each answer (section 3.1: 4), each under a principle drawn anew."""
+    justified: bool = False
+    """Let the judge explain before it says which is better (section 4.1, chain of thought)."""
+    explanation_tokens: int = Field(default=256, ge=1)
+    """Longest explanation."""
+    clamp: float = Field(default=0.4, ge=0, lt=0.5)
+    """With explanations p is kept within clamp .. 1 - clamp (section 4.3: 0.4), for they make the judge too sure."""
+    labels: Literal["soft", "hard"] = "soft"
+    """What a pair is worth: p (the paper found soft labels the better ones), or 1."""
+
+
 class CreamConfig(Settings):
     """How far a label is trusted (CREAM, arXiv:2410.12735 section 3); for method `cream`."""
 
@@ -490,6 +507,7 @@ class RunConfig(Settings):
     pairs: PairsConfig = PairsConfig()
     meta: MetaConfig = MetaConfig()
     cream: CreamConfig = CreamConfig()
+    rlaif: RlaifConfig = RlaifConfig()
     dno: DnoConfig = DnoConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -17,6 +17,7 @@ from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.errors import NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
+from srlm_core.methods import METHODS
 from srlm_core.run import BASELINE, Run
 from srlm_core.shards import make_datasets
 from srlm_core.store import Made
@@ -41,7 +42,7 @@ def iterate(run: Run, t: int) -> None:
     _require_rows(run, t, made)
     folder, how = run.campaign.iteration(t), run.config.at(t).training.dpo
     parts = [*_replayed(run, t, how.replay), *_parts_to_train_on(run, t, how.data, made)]
-    reference, init = _anchor(run, how.reference, policy), _anchor(run, how.init_from, policy)
+    reference, init = _anchor(run, how.reference, t), _anchor(run, how.init_from, t)
     with annotating.meanwhile(run, policy):
         teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
     run.tell("iteration", t=t)
@@ -179,6 +180,7 @@ def _preferences(parts: Sequence[_Part]) -> Iterator[pa.Table]:
         yield training.preferences(pairs)
 
 
-def _anchor(run: Run, which: str, policy: Model) -> Model:
-    """Return the model that `init_from` or `reference` names: M_t, M1 or M0."""
-    return {"previous": policy, "base": run.base}.get(which) or run.model("M1")
+def _anchor(run: Run, which: str, t: int) -> Model:
+    """Return the model that `init_from` or `reference` names: the one that the method goes on from, M1 or M0."""
+    start = METHODS[run.config.method].start(t)
+    return {"previous": run.model(start), "base": run.base}.get(which) or run.model("M1")

@@ -107,7 +107,7 @@ def revise(
             {
                 "id": name,
                 "stage": "revisions",
-                "reason": "too_long",
+                "reason": "not_revised",
                 "iteration": iteration,
                 "detail": f"round {number}",
             }

@@ -33,17 +33,20 @@ STAGES: dict[str, tuple[str, ...]] = {
         "judgments.rubric",
     ),
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
-    "responses": ("responses",),
+    "responses": ("responses", "rlaif.principles", "rlaif.rounds"),
     "judgments": (
         "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
         "dno.judge_by",
     ),
+    "preferences": ("rlaif.justified", "rlaif.explanation_tokens"),
     "meta_judgments": (
         "meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling",
     ),
-    "pairs": ("pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share",
-              "cream", "dno.min_positive", "dno.reference_margin", "dno.own_margin", "dno.win_margin",
-              "dno.restrictive", "dno.max_pairs_per_prompt"),
+    "pairs": (
+        "pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share", "cream",
+        "rlaif.clamp", "rlaif.labels", "dno.min_positive", "dno.reference_margin", "dno.own_margin", "dno.win_margin",
+        "dno.restrictive", "dno.max_pairs_per_prompt",
+    ),
     "training": ("training.dpo",),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",

@@ -27,7 +27,7 @@ def test_a_method_step_reads_only_settings_of_its_own_and_later_stages():
     from srlm_core.methods import METHODS
 
     for method in METHODS.values():
-        for step in method.steps:
+        for step in method.makes:
             for prefix in step.settings:
                 assert any(settings.covers(prefix, name) for name in LEAVES), f"{method.name}.{step.makes}: {prefix}"
 

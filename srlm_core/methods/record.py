@@ -119,10 +119,17 @@ class Method:
     """What iteration t begins with."""
     teaches_judging: bool = True
     """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
+    starts_from: str | None = None
+    """Role of the Training whose model `previous` means as init_from and reference; null = M_t."""
     refuses: Callable[[RunConfig], str | None] = lambda config: None
     """Say which settings it cannot work with, what it expected and what to do."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
     """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""
+
+    def start(self, t: int) -> str:
+        """Name the model that M_{t+1} goes on from."""
+        trainings = (step for step in self.steps if isinstance(step, Training))
+        return next((training.name(t) for training in trainings if training.role == self.starts_from), f"M{t}")
 
     @property
     def makes(self) -> tuple[Step, ...]:
