@@ -312,6 +312,13 @@ class DnoConfig(Settings):
     """Take the pairs of the largest lead, at most so many of a prompt; null = all (the paper). Ours."""
 
 
+class DiceConfig(Settings):
+    """The reward that DPO leaves in a model (DICE, arXiv:2406.09760); for method `dice`. beta is training.dpo.beta."""
+
+    alpha: float = Field(default=0.001, ge=0)
+    """Reward taken off for each token of a response, against growing length; 0 = none. Ours: theirs is not known."""
+
+
 class OptimizerConfig(Settings):
     """One training run."""
 
@@ -509,6 +516,7 @@ class RunConfig(Settings):
     cream: CreamConfig = CreamConfig()
     rlaif: RlaifConfig = RlaifConfig()
     dno: DnoConfig = DnoConfig()
+    dice: DiceConfig = DiceConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -556,7 +564,7 @@ class RunConfig(Settings):
         return type(self).model_validate(settings)
 
 
-SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "dno.", "training.dpo.")
+SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "dno.", "dice.", "training.dpo.")
 """Where settings lie that may change from iteration to iteration."""
 
 

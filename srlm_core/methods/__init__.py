@@ -23,6 +23,18 @@ def require_fit(config: RunConfig) -> None:
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(METHODS)}."
         raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
     for t in sorted({1, *(change.iteration for change in config.schedule)}):
-        refused = METHODS[config.method].refuses(config.at(t))
+        at = config.at(t)
+        refused = METHODS[config.method].refuses(at) or _refuses_points(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
+
+
+def _refuses_points(config: RunConfig) -> str | None:
+    """Refuse the loss that takes scores for probabilities where they are none."""
+    if config.training.dpo.loss != "sppo" or METHODS[config.method].scores_win_rates(config):
+        return None
+    return (
+        f"training.dpo.loss=sppo reads the scores of a pair as win rates, and method={config.method} pairs by others. "
+        "Set training.dpo.loss=sigmoid, or a method that compares responses: method=sppo, or dno with "
+        "dno.judge_by=win_rate."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import logprobs, pairs, responses, schemas
+from srlm_core import logprobs, pairs, schemas
 from srlm_core.config import RunConfig
 from srlm_core.methods import steps
 from srlm_core.methods.record import Measure, Method, Shard, Step
@@ -35,11 +35,7 @@ def score_by(role: str) -> Step:
     def score(shard: Shard) -> tuple[pa.Table, pa.Table]:
         if role == "previous" and shard.models["previous"] == shard.models["base"]:
             return schemas.LOGPROBS.empty_table(), schemas.DROPS.empty_table()  # M0 has scored them as the base
-        asked = responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
-        return logprobs.score(
-            shard.inputs["prompts"], schemas.table(asked, schemas.RESPONSES), shard.engine,
-            iteration=shard.iteration, model=shard.models[role],
-        )  # fmt: skip
+        return steps.score(shard, role)
 
     return Step(f"logprobs_{role}", ("prompts", "responses"), role, logprobs.VERSION, (), score)
 

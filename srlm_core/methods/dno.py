@@ -279,6 +279,7 @@ METHOD = Method(
     source="arXiv:2404.03715",
     given=given,
     refuses=refuses,
+    scores_win_rates=lambda config: config.dno.judge_by == "win_rate",
     measures=measures,
     steps=(
         Step("prompts", (), None, prompts.VERSION, ("prompts.target",), take_prompts, takes_given=True),

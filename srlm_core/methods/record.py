@@ -123,6 +123,8 @@ class Method:
     """Role of the Training whose model `previous` means as init_from and reference; null = M_t."""
     refuses: Callable[[RunConfig], str | None] = lambda config: None
     """Say which settings it cannot work with, what it expected and what to do."""
+    scores_win_rates: Callable[[RunConfig], bool] = lambda config: False
+    """Whether the scores of its pairs are win rates, 0 to 1: what the loss `sppo` reads."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
     """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""
 

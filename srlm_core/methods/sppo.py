@@ -26,6 +26,7 @@ METHOD = Method(
     given=steps.own_prompts,
     teaches_judging=False,
     refuses=steps.refuses_one_response,
+    scores_win_rates=lambda config: True,
     measures=lambda made, config: steps.measure_comparisons(made["comparisons"]),
     steps=(
         steps.PROMPTS,

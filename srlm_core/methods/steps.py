@@ -4,11 +4,13 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from srlm_core import comparisons, judgments, pairs, prompts, responses, schemas
+from srlm_core import comparisons, data, judgments, logprobs, pairs, prompts, responses, schemas, sources
 from srlm_core.config import RunConfig
 from srlm_core.methods.record import Given, Measure, Shard, Step
+from srlm_core.pairs import Side
 from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
+from srlm_core.store import digest
 
 
 def own_prompts(config: RunConfig, seed: SeedData, t: int) -> Given:
@@ -18,6 +20,12 @@ def own_prompts(config: RunConfig, seed: SeedData, t: int) -> Given:
     own = seed.own_prompts[(t - 1) * n_own : t * n_own]
     short = f"iteration {t}: {n_own} prompts wanted from {config.prompts.file}, {len(own)} are left in it"
     return Given(wanted, [{"prompt": text} for text in own], short if len(own) < n_own else "")
+
+
+def ranked_groups(config: RunConfig, seed: SeedData, t: int) -> Given:
+    """Take the ranked groups that do not measure."""
+    rows = data.spread(sources.first_of_each(seed.eft, "prompt"), config.prompts.target)
+    return Given(len(rows), rows)
 
 
 def refuses_one_response(config: RunConfig) -> str | None:
@@ -99,6 +107,36 @@ def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
         config.pairs,
         iteration=shard.iteration,
     )
+
+
+def take_ranked_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Lay out the prompts of the ranked groups."""
+    return prompts.given([row["prompt"] for row in shard.given], iteration=shard.iteration, source="eft")
+
+
+def pair_ranked(shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """Prefer the best-ranked response to the worst-ranked, of equals the first in the file; rows PAIRS, and DROPS.
+
+    A group of one rank never comes here: the reader sets it aside, it prefers nothing.
+    """
+    ranked = {row["prompt"]: row["responses"] for row in shard.given}
+    rows: list[dict[str, object]] = []
+    for prompt in shard.inputs["prompts"].to_pylist():
+        asked = schemas.prompt_text(prompt["messages"])
+        best = min(ranked[asked], key=lambda response: response["rank"])
+        worst = max(ranked[asked], key=lambda response: response["rank"])
+        sides = [Side(side["text"], digest("human", asked, side["text"])) for side in (best, worst)]
+        rows.append(pairs.row(prompt, *sides, iteration=shard.iteration))
+    return schemas.table(rows, schemas.PAIRS), schemas.DROPS.empty_table()
+
+
+def score(shard: Shard, role: str) -> tuple[pa.Table, pa.Table]:
+    """Ask a model how probable it holds the responses; rows LOGPROBS, and DROPS."""
+    asked = responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
+    return logprobs.score(
+        shard.inputs["prompts"], schemas.table(asked, schemas.RESPONSES), shard.engine,
+        iteration=shard.iteration, model=shard.models[role],
+    )  # fmt: skip
 
 
 def compare(shard: Shard) -> tuple[pa.Table, pa.Table]:

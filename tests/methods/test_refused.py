@@ -19,6 +19,14 @@ from srlm_core.errors import ConfigError
         ("meta_rewarding", "judgments.k=1", r"compares the judgments of one response, got judgments\.k=1"),
         ("meta_rewarding", "judgments.reading=expected", r"got judgments\.reading=expected.*meta\.trains_judge=false"),
         ("self_rewarding", 'schedule=[{iteration=2, set={"responses.n"=1}}]', r"from iteration 2 on: .*responses\.n=1"),
+        ("self_rewarding", "training.dpo.loss=sppo", r"loss=sppo reads .* win rates, and method=self_rewarding pairs"),
+        ("dno", "training.dpo.loss=sppo", r"loss=sppo reads .*method=dno pairs by others.*dno\.judge_by=win_rate"),
+        (
+            "dno",
+            'schedule=[{iteration=2, set={"training.dpo.loss"="sppo"}}]',
+            r"schedule, from iteration 2 on: .*loss=sppo reads",
+        ),
+        ("sppo", "responses.n=1", r"method=sppo .* got responses\.n=1"),
         ("self_rewarding", "method=self_reward", r"got 'self_reward'\. Did you mean self_rewarding or "),
     ],
 )

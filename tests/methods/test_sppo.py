@@ -2,10 +2,11 @@
 
 import pytest
 
-from srlm_core import comparisons, report, store
+from srlm_core import comparisons, recipes, report, store
 from srlm_core.engines.protocol import TokenScores
 from srlm_core.engines.scripted import ScriptedEngine
 from srlm_core.errors import NothingLeft
+from srlm_core.methods import require_fit
 
 SETS = ("responses.n=3", "iterations=2", "evaluation.models=policy")
 
@@ -29,6 +30,9 @@ def test_the_pair_is_the_highest_and_the_lowest_mean_win_rate(scripted):
             of_prompt = [value for name, value in mean.items() if prompt_of[name] == row["prompt_id"] and name in whole]
             assert (row["chosen_score"], row["rejected_score"]) == pytest.approx((max(of_prompt), min(of_prompt)))
             assert 0 <= row["rejected_score"] < row["chosen_score"] <= 1
+        learnt = store.read_part(folder / f"iter_0{t}" / "training" / "rows.parquet").to_pylist()
+        scores = {row["pair_id"]: (row["chosen_score"], row["rejected_score"]) for row in pairs}
+        assert {row["id"]: (row["chosen_score"], row["rejected_score"]) for row in learnt} == scores
     report.write_report(folder)
     assert "comparisons that the order decides" in (folder / "report" / "report.md").read_text()
 
@@ -48,3 +52,8 @@ def test_a_prompt_too_long_to_compare_makes_no_pair_and_is_counted(scripted, mon
     monkeypatch.setattr(ScriptedEngine, "token_scores", forgetful)
     with pytest.raises(NothingLeft, match=r"judge_prompt_too_long"):
         scripted(*SETS, recipe="sppo", name="sppo")
+
+
+def test_win_rates_of_another_method_may_train_by_the_loss_as_well():
+    require_fit(recipes.load("dno", "smoke", ["dno.judge_by=win_rate", "training.dpo.loss=sppo"]))
+    assert recipes.load("sppo", "paper").training.dpo.loss == "sppo"
