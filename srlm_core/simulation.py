@@ -78,7 +78,7 @@ class World:
     likelihood: float = 0.3
     """Correlation of M_0's likelihood with merit, by which M_0 ranks for CREAM."""
     heldout: int = 128
-    """Pairs by which a judge's error is measured: both own, or in every second one a foreign one; the same all along."""
+    """Pairs by which a judge's error is measured: both own, or in every second one a foreign one; always the same."""
 
 
 @dataclass(frozen=True)
@@ -303,9 +303,9 @@ def recipe(name: str, t: int) -> RunConfig:
 
 
 def meta_judged(turn: Turn) -> Judge:
-    """Train the judge on its own judgments (arXiv:2407.19594): of each prompt, the best against the worst of a response.
+    """Train the judge on its own judgments (arXiv:2407.19594): best against worst of one response a prompt.
 
-    Taken is the response whose judgments vary most; all pairs of its judgments meet in both orders, and that one wins
+    It is the response whose judgments vary most; all pairs of its judgments meet in both orders, and that one wins
     whose points are nearer to what the same model reads when it compares: the truth, its lasting errors less the share
     that it sees through, and fresh noise. Then E[T] moves as all else does: points on (1, length, manner), by their
     regression, and the squared deviation from the judge's own mean.
@@ -325,7 +325,7 @@ def meta_judged(turn: Turn) -> Judge:
         leniency=judge.leniency + float(leniency),
         length=judge.length + float(length),
         self_preference=judge.self_preference + float(manner),
-        fresh=math.sqrt(max(judge.fresh**2 + float(wider), 0.01)),
+        fresh=math.sqrt(max(judge.fresh**2 + float(wider), min(judge.fresh**2, 0.01))),
     )
 
 
@@ -383,7 +383,7 @@ ARMS: Mapping[str, Arm] = {
     "self_rewarding_half": Arm("… each label trusted 0.75: half the step", by_judge, label=lambda turn: 0.75),
     "cream": Arm("CREAM: its reward, labels trusted as far as two models agree", by_likelihood, label=consistency),
     "cream_hard": Arm("… the same reward, labels trusted wholly", by_likelihood),
-    "meta_rewarding": Arm("Meta-Rewarding, rho and judge training by its schedule", by_judge, _meta_rho, judge=_meta_judge),
+    "meta_rewarding": Arm("Meta-Rewarding: rho, judge training, as scheduled", by_judge, _meta_rho, judge=_meta_judge),
     "meta_rewarding_judge_kept": Arm("… without judge training", by_judge, _meta_rho),
 }  # fmt: skip
 """Oracle and random are the yardsticks; half and hard are controls, which only leave out what is claimed to help."""
@@ -458,22 +458,49 @@ class Case(NamedTuple):
     """What the world has otherwise; empty: nothing."""
 
 
-def simulate(
-    cases: Sequence[Case], seeds: int, told: Callable[[int], None] = lambda seed: None
-) -> list[dict[str, Any]]:
+ASSUMPTIONS: Mapping[str, Mapping[str, float]] = {
+    "drift costs nothing": {"drift_cost": 0.0},
+    "noise new at each reading": {"lasting": 0.0},
+    "noise all of the response": {"lasting": 1.0},
+    "comparing sees as badly as judging": {"insight": 0.0},
+    "comparing sees the truth": {"insight": 1.0},
+    "half the step": {"step": 0.125},
+    "twice the step": {"step": 0.5},
+}
+"""What could be otherwise in the world, by name; how far an answer hangs on it is measured with each."""
+
+
+def cases(flaws: Sequence[str], probes: Mapping[str, Sequence[str]]) -> list[Case]:
+    """List what is run: each flaw at each strength with all arms; and under each assumption the arms of its probe.
+
+    `probes`: flaw to the arms compared on it; these run at the flaw's third strength.
+    """
+    found = [Case(flaw, strength) for flaw in flaws for strength in FLAWS[flaw].strengths]
+    return found + [
+        Case(flaw, FLAWS[flaw].strengths[2], replace(World(), **otherwise), tuple(probes[flaw]), assumption)
+        for flaw in flaws
+        if flaw in probes
+        for assumption, otherwise in ASSUMPTIONS.items()
+    ]
+
+
+Row = dict[str, Any]
+
+
+def simulate(of: Sequence[Case], seeds: int, told: Callable[[int], None] = lambda seed: None) -> list[Row]:
     """Run each case with each of the seeds; a row for each arm and M_t. `told` hears of each finished seed."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for seed in range(seeds):
-        for case in cases:
+        for case in of:
             judge = judge_with(case.world, case.flaw, case.strength)
-            of = {"assumption": case.assumption, "flaw": case.flaw, "strength": float(case.strength), "seed": seed}
+            named = {"assumption": case.assumption, "flaw": case.flaw, "strength": float(case.strength), "seed": seed}
             for name in case.arms:
-                rows += [{**of, "arm": name, **row} for row in campaign(case.world, ARMS[name], judge, seed)]
+                rows += [{**named, "arm": name, **row} for row in campaign(case.world, ARMS[name], judge, seed)]
         told(seed)
     return rows
 
 
-def campaign(world: World, arm: Arm, judge: Judge, seed: int) -> Iterator[dict[str, Any]]:
+def campaign(world: World, arm: Arm, judge: Judge, seed: int) -> Iterator[Row]:
     """Run one arm from M_1 on; a row of MEASURES for each M_t."""
     state = begin(world, judge, seed)
     kept = draw(seed, "held out", world.heldout, 2, world.judgments, world.others)
