@@ -1,0 +1,344 @@
+"""simulation_report: what came of the simulated campaigns: tables and plots with intervals, and answers read off them.
+
+An answer is yes, no or in part by rules that look at 95 % intervals alone; they were written before the first run.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import stdtrit
+
+from srlm_core import pages, report_figures, store
+from srlm_core.report_figures import BAD, EVEN, FAINT, GOOD, INK, MAIN, SECOND, Figure
+from srlm_core.simulation import ARMS, ASSUMPTIONS, FLAWS, MEASURES, Row, World
+from srlm_core.spelling import in_columns
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{_signed(self.mean)} [{_signed(self.low)}, {_signed(self.high)}]"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:.2f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Return mean and mean ± t(0.975, n - 1) s / sqrt(n); 1, 2, 3 give 2 ± 4.3027 * 0.57735. Needs two values."""
+    found = np.asarray(values, dtype=float)
+    half = stdtrit(len(found) - 1, 0.975) * found.std(ddof=1) / np.sqrt(len(found))
+    return Interval(float(found.mean()), float(found.mean() - half), float(found.mean() + half), len(found))
+
+
+class Ends:
+    """What each arm came to at its last model, seed by seed, so that differences are paired."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._of: dict[tuple[str, str, float, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+        last = World().iterations + 1
+        for row in rows:
+            if row["model"] == last:
+                of = self._of[row["assumption"], row["flaw"], row["strength"], row["arm"]]
+                for measure in MEASURES:
+                    of[measure].append(row[measure])
+        self.flaws = [flaw for flaw in FLAWS if any(key[1] == flaw for key in self._of)]
+
+    def values(self, flaw: str, strength: float, arm: str, measure: str, assumption: str = "") -> np.ndarray:
+        """Return one value a seed; NaN where the arm has none."""
+        return np.array(self._of[assumption, flaw, float(strength), arm][measure], dtype=float)
+
+    def of(self, flaw: str, strength: float, arm: str, measure: str) -> Interval:
+        """Return what the arm came to."""
+        return interval(self.values(flaw, strength, arm, measure))
+
+    def gap(self, flaw: str, strength: float, arms: tuple[str, str], measure: str, assumption: str = "") -> Interval:
+        """Return how far the first arm lies above the second, seed by seed."""
+        first, second = (self.values(flaw, strength, arm, measure, assumption) for arm in arms)
+        return interval(first - second)
+
+
+# --- the questions --------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """What a question finds at one strength: null where it does not arise."""
+
+    strength: float
+    claim: bool | None
+    text: str
+
+
+class Answer(NamedTuple):
+    """A question, its answer in a word, and what it rests on."""
+
+    question: str
+    answer: str
+    findings: list[Finding]
+
+
+def _in_a_word(findings: Sequence[Finding]) -> str:
+    known = [finding.claim for finding in findings if finding.claim is not None]
+    if not known:
+        return "It does not arise: at no strength happened what was to be prevented."
+    where = ", ".join(f"{finding.strength:g}" for finding in findings if finding.claim)
+    if all(known):
+        return f"Yes, at every strength where it arises ({where})."
+    return f"In part: at {where}, of {len(known)} strengths where it arises." if any(known) else "No, at no strength."
+
+
+PLAIN, HALF, RHO = "self_rewarding", "self_rewarding_half", "self_rewarding_rho"
+META = "meta_rewarding", "meta_rewarding_judge_kept"
+
+
+def length_held(ends: Ends, flaw: str, strength: float) -> Finding:
+    """Ask of rho: where plain self-rewarding ends longer than M1, does it end no longer than M1?"""
+    plain, held = (ends.of(flaw, strength, arm, "length") for arm in (PLAIN, RHO))
+    gap, price = (ends.gap(flaw, strength, (RHO, PLAIN), measure) for measure in ("length", "quality"))
+    claim = held.low <= 1 if plain.low > 1 else None
+    said = "plain does not inflate" if claim is None else "held" if claim else "not held"
+    if claim is False and gap.high < 0:
+        said = "slowed, not held"
+    return Finding(
+        strength, claim,
+        f"{said}: {plain} times M1's length without rho, {held} with it, difference {gap}. True quality: {price} points.",
+    )  # fmt: skip
+
+
+def collapse_prevented(ends: Ends, flaw: str, strength: float) -> Finding:
+    """Ask of CREAM: where plain self-rewarding ends worse than M1, does it end no worse than M1, and better?"""
+    start = World().start
+    plain, cream = (ends.of(flaw, strength, arm, "quality") for arm in (PLAIN, "cream"))
+    gap, hard, half = (
+        ends.gap(flaw, strength, arms, "quality") for arms in (("cream", PLAIN), ("cream", "cream_hard"), (HALF, PLAIN))
+    )
+    claim = cream.high >= start and gap.low > 0 if plain.high < start else None
+    said = "plain does not collapse" if claim is None else "kept" if claim else "not kept"
+    if claim is False and gap.low > 0:
+        said = "lost less, not kept"
+    return Finding(
+        strength, claim,
+        f"{said}: of M1's {start:.2f} points plain comes to {plain}, CREAM to {cream}, difference {gap}. CREAM against "
+        f"its own reward trusted wholly: {hard}. Half the step alone, against plain: {half}.",
+    )  # fmt: skip
+
+
+def judge_helped(ends: Ends, flaw: str, strength: float) -> Finding:
+    """Ask of meta-judging: does true quality end higher than without judge training?"""
+    quality, error, bias = (
+        ends.gap(flaw, strength, META, measure) for measure in ("quality", "judge_error", "judge_bias")
+    )
+    said = "helps" if quality.low > 0 else "harms" if quality.high < 0 else "no difference to be shown"
+    return Finding(
+        strength, quality.low > 0,
+        f"{said}: true quality {quality} points; share of pairs misjudged {error}; points written too high {bias}.",
+    )  # fmt: skip
+
+
+QUESTIONS: tuple[tuple[str, str, Callable[[Ends, str, float], Finding]], ...] = (
+    ("Does rho hold length where plain self-rewarding inflates it?", "length", length_held),
+    ("Does CREAM keep true quality from collapsing under noise?", "noise", collapse_prevented),
+    ("Does meta-judging help against noise?", "noise", judge_helped),
+    ("Does meta-judging help against leniency?", "leniency", judge_helped),
+)
+
+
+def answers(ends: Ends) -> list[Answer]:
+    """Answer each question whose flaw was run, at all strengths but none."""
+    found: list[Answer] = []
+    for question, flaw, ask in QUESTIONS:
+        if flaw in ends.flaws:
+            findings = [ask(ends, flaw, strength) for strength in FLAWS[flaw].strengths if strength]
+            found.append(Answer(question, _in_a_word(findings), findings))
+    return found
+
+
+class Effect(NamedTuple):
+    """A difference of two arms on a flaw, which an answer rests on."""
+
+    what: str
+    flaw: str
+    arms: tuple[str, str]
+    measure: str
+
+
+EFFECTS = (
+    Effect("rho: length, times M1's", "length", (RHO, PLAIN), "length"),
+    Effect("CREAM under noise: true quality", "noise", ("cream", PLAIN), "quality"),
+    Effect("… against its reward trusted wholly", "noise", ("cream", "cream_hard"), "quality"),
+    Effect("meta-judging under noise: true quality", "noise", META, "quality"),
+    Effect("… share of pairs misjudged", "noise", META, "judge_error"),
+    Effect("meta-judging under leniency: true quality", "leniency", META, "quality"),
+    Effect("… points written too high", "leniency", META, "judge_bias"),
+)
+PROBES: dict[str, tuple[str, ...]] = {
+    flaw: tuple(dict.fromkeys(arm for effect in EFFECTS if effect.flaw == flaw for arm in effect.arms))
+    for flaw in dict.fromkeys(effect.flaw for effect in EFFECTS)
+}
+"""Flaw to the arms that are run under each assumption, too."""
+
+
+def assumptions(ends: Ends) -> list[list[str]]:
+    """Lay out each effect at its flaw's third strength: in the world as it is, and under each assumption."""
+    shown = [effect for effect in EFFECTS if effect.flaw in ends.flaws]
+    if not shown:
+        return []
+    rows = [["assumption", *(effect.what for effect in shown)]]
+    for assumption in ("", *ASSUMPTIONS):
+        gaps = [ends.gap(e.flaw, FLAWS[e.flaw].strengths[2], e.arms, e.measure, assumption) for e in shown]
+        rows.append([assumption or "none: the world as fixed", *map(str, gaps)])
+    return rows
+
+
+# --- tables and plots -----------------------------------------------------------------------------------------------
+
+SHOWN = {"length": "length, times M1's", "quality": "true quality, points", "judge_error": "pairs misjudged, share"}
+
+
+def table(ends: Ends, flaw: str, measure: str) -> list[list[str]]:
+    """Lay out one measure at the end: an arm a row, a strength a column, ± half the 95 % interval."""
+    strengths = FLAWS[flaw].strengths
+    rows = [[SHOWN[measure], *(f"{strength:g}" for strength in strengths)]]
+    for arm in ARMS:
+        found = [ends.of(flaw, strength, arm, measure) for strength in strengths]
+        rows.append([arm, *(f"{_signed(one.mean)} ± {one.high - one.mean:.2f}" for one in found)])
+    return rows
+
+
+_LOOKS: Mapping[str, tuple[str, str]] = {
+    "oracle": (FAINT, "-"),
+    "random": (FAINT, ":"),
+    PLAIN: (MAIN, "-"),
+    RHO: (MAIN, "--"),
+    HALF: (MAIN, ":"),
+    "cream": (SECOND, "-"),
+    "cream_hard": (SECOND, "--"),
+    "meta_rewarding": (GOOD, "-"),
+    "meta_rewarding_judge_kept": (GOOD, "--"),
+}
+"""A colour for a family, dashes for a member of it."""
+
+
+def figure(ends: Ends, flaw: str) -> Figure:
+    """Draw the ends of all arms over the flaw's strength: length, true quality and the judge's error."""
+    strengths = FLAWS[flaw].strengths
+    spare = itertools.cycle((BAD, EVEN, INK))
+
+    def paint(canvas: Any) -> None:
+        panels = canvas.subplots(1, len(SHOWN))
+        for arm in ARMS:
+            colour, dash = _LOOKS.get(arm) or (next(spare), "-.")
+            for axes, measure in zip(panels, SHOWN, strict=True):
+                found = [ends.of(flaw, strength, arm, measure) for strength in strengths]
+                axes.errorbar(
+                    strengths, [one.mean for one in found], yerr=[one.high - one.mean for one in found], color=colour,
+                    linestyle=dash, linewidth=1.4, marker="o", markersize=2.5, capsize=2, elinewidth=1, label=arm,
+                )  # fmt: skip
+        for axes, title in zip(panels, SHOWN.values(), strict=True):
+            axes.set_title(title)
+            axes.set_xticks(strengths)
+            axes.set_xlabel("strength")
+            axes.grid(axis="y")
+        handles, labels = panels[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=4)
+
+    of = FLAWS[flaw]
+    note = f"Strength: {of.unit}. M{World().iterations + 1}, mean and 95 % interval over seeds."
+    return report_figures.draw(f"flaw_{flaw}", of.what.capitalize(), note, paint, size=(9.6, 3.9))
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+TRUST = (
+    "It is arithmetic on stated assumptions. It can show that a claim follows from a mechanism, and on what it hangs; it "
+    "cannot show that a language model has the mechanism, nor how strong its flaws are.",
+    "Responses are points of a normal distribution that keeps its spread: no mode is lost, no text degenerates, and "
+    "merit, length and manner are independent. Where longer answers are better, rho costs quality that it does not here.",
+    "One training is one step along DPO's gradient at Delta = 0. An optimiser that divides by the size of the gradient, "
+    "as AdamW does, would undo much of what CREAM's factor 2 C - 1 does here, until Delta grows: what this says of CREAM "
+    "is nearer to plain gradient descent than to a real training. The controls show how much of it is only care.",
+    "That a model collapses at all rests on the cost of drifting in directions that nobody prefers. Its form is taken from "
+    "measurements of over-optimisation, its size was set so that random labels lose what a perfect judge gains.",
+    "CREAM's reward is the way that the policy was trained so far, exactly, with noise for what a real log-ratio holds "
+    "besides. How noise is shared between two models decides what their agreement is worth: with noise that is all of the "
+    "response, two models agree on what is wrong. Nobody has measured that share; the table of assumptions has both ends.",
+    "Whether meta-judging helps against leniency hangs on the judge erring less where it compares judgments than where "
+    "it writes them. That is the method's premise, not its result; here it errs half as much, and the table has both ends.",
+    "Training responses does not change the judge here and training judgments does not change the responses, though both "
+    "are one model. Only comparisons know a place, so position bias touches Meta-Rewarding alone.",
+    "Of many intervals one in twenty misses by chance.",
+)
+
+
+def as_text(ends: Ends) -> str:
+    """Spell tables and answers for a terminal."""
+    lines: list[str] = []
+    for flaw in ends.flaws:
+        lines += ["", f"{FLAWS[flaw].what}: strength is {FLAWS[flaw].unit}"]
+        for measure in SHOWN:
+            lines += ["", *in_columns(table(ends, flaw, measure))]
+    lines += ["", f"At M{World().iterations + 1}, ± half of the 95 % interval over seeds.", ""]
+    for answer in answers(ends):
+        lines += [answer.question, f"  {answer.answer}"]
+        lines += [f"  at {finding.strength:g}: {finding.text}" for finding in answer.findings] + [""]
+    return "\n".join(lines).strip("\n")
+
+
+def as_dict(ends: Ends) -> dict[str, Any]:
+    """Lay out tables, effects and answers for programs."""
+    numbers = [
+        {"flaw": flaw, "strength": strength, "arm": arm, "measure": measure, **found._asdict()}
+        for flaw, strength, arm, measure in itertools.chain.from_iterable(
+            itertools.product([flaw], FLAWS[flaw].strengths, ARMS, SHOWN) for flaw in ends.flaws
+        )
+        if (found := ends.of(flaw, strength, arm, measure))
+    ]
+    answered = [{**a._asdict(), "findings": [finding._asdict() for finding in a.findings]} for a in answers(ends)]
+    return {"answers": answered, "ends": numbers, "assumptions": assumptions(ends)}
+
+
+_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("assumption", "flaw")),
+        pa.field("strength", pa.float64(), nullable=False),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("model", pa.int32(), nullable=False),
+        *(pa.field(measure, pa.float64()) for measure in MEASURES),
+    ]
+)
+"""A row for each arm and M_t of each seed; MEASURES are described in srlm_core/simulation.py."""
+
+
+def write(rows: Sequence[Row], seeds: int, target: Path) -> Path:
+    """Write index.html, simulation.md, figures and simulation.parquet into a folder; return the path of the page."""
+    ends = Ends(rows)
+    store.write_atomically(
+        target / "simulation.parquet", lambda aside: pq.write_table(pa.Table.from_pylist(list(rows), _SCHEMA), aside)
+    )
+    figures = {flaw: figure(ends, flaw) for flaw in ends.flaws}
+    content = {
+        "seeds": seeds,
+        "answers": answers(ends),
+        "flaws": {flaw: FLAWS[flaw] for flaw in ends.flaws},
+        "tables": {flaw: [table(ends, flaw, measure) for measure in SHOWN] for flaw in ends.flaws},
+        "assumptions": assumptions(ends),
+        "trust": TRUST,
+        "arms": ARMS,
+        "world": asdict(World()),
+    }
+    return pages.write(target, "simulation", content, {one.name: one for one in figures.values()})
