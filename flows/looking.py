@@ -57,8 +57,9 @@ def simulated(flaws: Sequence[str], seeds: int, out: Path) -> tuple[Any, Path]:
     for flaw in flaws:
         if flaw not in simulation.FLAWS:
             raise ConfigError(f"expected a flaw of {', '.join(simulation.FLAWS)}, got {flaw!r}. Name one of them.")
-    if out.exists() and not out.is_dir():
-        raise StoreError(f"expected a folder for the page, got the file {out}. Name another one with --out.")
+    if out.is_file() or (out / "config.json").exists():
+        what = "file" if out.is_file() else "campaign"
+        raise StoreError(f"expected a folder for the page, got the {what} {out}. Name another one with --out.")
     wanted = [flaw for flaw in simulation.FLAWS if flaw in flaws or not flaws]
     began = time.monotonic()
 

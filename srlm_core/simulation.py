@@ -428,9 +428,12 @@ def judge_error(scores: np.ndarray, quality: np.ndarray) -> float:
     return float((1 - agree).mean() / 2)
 
 
-MEASURES = ("length", "quality", "judge_error", "judge_bias", "manner", "drift", "label", "paired")
+MEASURES = (
+    "length", "quality", "judge_error", "judge_bias", "judge_fresh", "manner", "drift", "label", "paired",
+)  # fmt: skip
 """length: median, as a multiple of M_1's; quality: true, points; judge_error: see there; judge_bias: points written
-above the true ones, null where none are; manner: sd towards its own; drift: nats; label, paired: of M_t's pairs."""
+above the true ones, null where none are; judge_fresh: what each judgment adds, sd in points; manner: sd towards its
+own; drift: nats; label, paired: of M_t's pairs."""
 
 
 def measure(world: World, arm: Arm, state: State, draws: Draws, t: int) -> dict[str, float | None]:
@@ -442,6 +445,7 @@ def measure(world: World, arm: Arm, state: State, draws: Draws, t: int) -> dict[
         "quality": quality_of(state.mean, world),
         "judge_error": judge_error(scores, asked.quality),
         "judge_bias": float((scores - asked.quality).mean()) if arm.score is by_judge else None,
+        "judge_fresh": state.judge.fresh,
         "manner": float(state.mean[MANNER]),
         "drift": drift(state.mean),
     }
@@ -466,8 +470,11 @@ ASSUMPTIONS: Mapping[str, Mapping[str, float]] = {
     "comparing sees the truth": {"insight": 1.0},
     "half the step": {"step": 0.125},
     "twice the step": {"step": 0.5},
+    "an eighth of the features nobody prefers": {"others": 128},
+    "M0 and M1 differ by merit alone": {"sft_chance": 0.0},
 }
-"""What could be otherwise in the world, by name; how far an answer hangs on it is measured with each."""
+"""What could be otherwise in the world, by name; how far an answer hangs on it is measured with each. The last two were
+added after the first run, to see what CREAM's answer hangs on."""
 
 
 def cases(flaws: Sequence[str], probes: Mapping[str, Sequence[str]]) -> list[Case]:

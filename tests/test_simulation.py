@@ -96,6 +96,11 @@ def test_same_seed_same_numbers_whatever_else_is_run():
     assert rows[0] | {"seed": 1} != rows[5 * 2]
 
 
+def test_another_method_is_one_function():
+    shortest = sim.Arm("the shortest is best", lambda turn: -turn.named[..., LENGTH])
+    assert list(sim.campaign(SMALL, shortest, CLEAR, 0))[-1]["length"] < 0.6
+
+
 def test_without_a_flaw_strength_nought_is_one_judge_for_all_flaws():
     judges = {sim.judge_with(World(), flaw, 0.0) for flaw in FLAWS if flaw != "noise"}
     assert judges == {sim.judge_with(World(), "noise", World.noise)}
