@@ -278,13 +278,17 @@ def by_likelihood(turn: Turn) -> np.ndarray:
     return rewards(turn)[0]
 
 
-def consistency(turn: Turn) -> float:
-    """Return CREAM's C: the mean over prompts of (tau + 1) / 2 of the two rankings."""
+def consistencies(turn: Turn) -> np.ndarray:
+    """Return CREAM's C of each prompt, (tau + 1) / 2 of the two rankings; [prompts]."""
     by = recipe("cream", turn.t).cream.consistency
     now, before = rewards(turn)
     orders = np.take_along_axis(now, before.argsort(-1), -1).argsort(-1).argsort(-1)
-    found = [_correlation(tuple(order), by) for order in orders.tolist()]
-    return (float(np.mean(found)) + 1) / 2
+    return (np.array([_correlation(tuple(order), by) for order in orders.tolist()]) + 1) / 2
+
+
+def consistency(turn: Turn) -> float:
+    """Return CREAM's C of the data set, the mean over prompts."""
+    return float(consistencies(turn).mean())
 
 
 @functools.cache
@@ -360,8 +364,8 @@ class Arm(NamedTuple):
     """Scores responses, [prompts, responses]; the pairs and the error of the judge are made of it."""
     rho: Callable[[int], float] = lambda t: 0.0
     """Length control in iteration t."""
-    label: Callable[[Turn], float] = lambda turn: 1.0
-    """C of the iteration's pairs."""
+    label: Callable[[Turn], float | np.ndarray] = lambda turn: 1.0
+    """C of the iteration's pairs, one for all or [prompts]."""
     judge: Callable[[Turn], Judge] = lambda turn: turn.state.judge
     """The judge after this iteration's training."""
 
@@ -382,11 +386,13 @@ ARMS: Mapping[str, Arm] = {
     "self_rewarding_rho": Arm(f"… under length control, rho {RHO}", by_judge, rho=lambda t: RHO),
     "self_rewarding_half": Arm("… each label trusted 0.75: half the step", by_judge, label=lambda turn: 0.75),
     "cream": Arm("CREAM: its reward, labels trusted as far as two models agree", by_likelihood, label=consistency),
+    "cream_pair": Arm("… each label trusted by its own prompt's agreement", by_likelihood, label=consistencies),
     "cream_hard": Arm("… the same reward, labels trusted wholly", by_likelihood),
     "meta_rewarding": Arm("Meta-Rewarding: rho, judge training, as scheduled", by_judge, _meta_rho, judge=_meta_judge),
     "meta_rewarding_judge_kept": Arm("… without judge training", by_judge, _meta_rho),
 }  # fmt: skip
-"""Oracle and random are the yardsticks; half and hard are controls, which only leave out what is claimed to help."""
+"""Oracle and random are the yardsticks; half and hard are controls, which only leave out what is claimed to help.
+cream_pair was added after the first run: with one C for all pairs CREAM can here do no more than shorten its step."""
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -414,12 +420,12 @@ def train(arm: Arm, turn: Turn) -> tuple[State, float, float]:
         for scores, long in zip(arm.score(turn).tolist(), lengths, strict=True)
     ]
     taken = [(prompt, *ends) for prompt, ends in enumerate(found) if ends is not None]
-    label = arm.label(turn)
+    label = np.broadcast_to(arm.label(turn), world.prompts)
     prompts, chosen, rejected = np.array(taken, dtype=int).reshape(-1, 3).T
     features = turn.draws.features
-    towards = (features[prompts, chosen] - features[prompts, rejected]).sum(0, dtype=np.float64) / world.prompts
-    mean = state.mean + world.step * (2 * label - 1) * towards
-    return State(mean, arm.judge(turn), state.base, state.mean), len(taken) / world.prompts, label
+    weights = (2 * label[prompts] - 1) / world.prompts
+    mean = state.mean + world.step * (weights @ (features[prompts, chosen] - features[prompts, rejected]))
+    return State(mean, arm.judge(turn), state.base, state.mean), len(taken) / world.prompts, float(label.mean())
 
 
 def judge_error(scores: np.ndarray, quality: np.ndarray) -> float:
@@ -498,11 +504,15 @@ def simulate(of: Sequence[Case], seeds: int, told: Callable[[int], None] = lambd
     """Run each case with each of the seeds; a row for each arm and M_t. `told` hears of each finished seed."""
     rows: list[Row] = []
     for seed in range(seeds):
+        made: dict[tuple[World, Judge, str], list[Row]] = {}  # without a flaw, all flaws are one case
         for case in of:
             judge = judge_with(case.world, case.flaw, case.strength)
             named = {"assumption": case.assumption, "flaw": case.flaw, "strength": float(case.strength), "seed": seed}
             for name in case.arms:
-                rows += [{**named, "arm": name, **row} for row in campaign(case.world, ARMS[name], judge, seed)]
+                run = case.world, judge, name
+                if run not in made:
+                    made[run] = list(campaign(case.world, ARMS[name], judge, seed))
+                rows += [{**named, "arm": name, **row} for row in made[run]]
         told(seed)
     return rows
 

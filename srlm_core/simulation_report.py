@@ -147,22 +147,30 @@ def own_collapse_prevented(ends: Ends, flaw: str, strength: float) -> Finding:
 
 
 def judge_helped(ends: Ends, flaw: str, strength: float) -> Finding:
-    """Ask of meta-judging: does true quality end higher than without judge training?
-
-    Noise is beside every other flaw, so it is also said how much more it helps than where that flaw is none.
-    """
+    """Ask of meta-judging: does true quality end higher than without judge training?"""
     quality, error, bias, fresh = (
         ends.gap(flaw, strength, META, measure) for measure in ("quality", "judge_error", "judge_bias", "judge_fresh")
     )
+    return Finding(
+        strength, quality.low > 0, _helps(quality), quality,
+        f"true quality {quality} points; share of pairs misjudged {error}; points written too high {bias}; noise of a "
+        f"judgment {fresh}.",
+    )  # fmt: skip
+
+
+def judge_helped_by_more(ends: Ends, flaw: str, strength: float) -> Finding:
+    """Ask: by more than where the flaw is none? The noise that is beside it then gives meta-judging work as well."""
     here, without = (
         ends.values(flaw, at, META[0], "quality") - ends.values(flaw, at, META[1], "quality") for at in (strength, 0)
     )
-    said = "helps" if quality.low > 0 else "harms" if quality.high < 0 else "nothing to be shown"
+    more = interval(here - without)
     return Finding(
-        strength, quality.low > 0, said, quality,
-        f"true quality {quality} points, more than without the flaw by {interval(here - without)}; share of pairs "
-        f"misjudged {error}; points written too high {bias}; noise of a judgment {fresh}.",
-    )  # fmt: skip
+        strength, more.low > 0, _helps(more), more, f"true quality {more} points more than without the flaw."
+    )
+
+
+def _helps(by: Interval) -> str:
+    return "helps" if by.low > 0 else "harms" if by.high < 0 else "nothing to be shown"
 
 
 QUESTIONS: tuple[tuple[str, str, Callable[[Ends, str, float], Finding]], ...] = (
@@ -175,9 +183,10 @@ QUESTIONS: tuple[tuple[str, str, Callable[[Ends, str, float], Finding]], ...] = 
     ("… and where its own reward does, trusted wholly?", "noise", own_collapse_prevented),
     ("Does meta-judging help true quality against noise?", "noise", judge_helped),
     ("Does meta-judging help true quality against leniency?", "leniency", judge_helped),
+    ("… and by more than it helps without leniency?", "leniency", judge_helped_by_more),
 )
-"""The third was added after the first run, with the second's rule: its control had collapsed where nothing else did.
-So was what meta-judging does beyond its help without the flaw; the rule stayed."""
+"""The third and the last were added after the first run. Where no judge collapsed, CREAM's own reward had; and what
+helped under leniency had also helped without."""
 
 
 def answers(ends: Ends) -> list[Answer]:
@@ -252,6 +261,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     RHO: (MAIN, "--"),
     HALF: (MAIN, ":"),
     CREAM: (SECOND, "-"),
+    "cream_pair": (SECOND, ":"),
     HARD: (SECOND, "--"),
     "meta_rewarding": (GOOD, "-"),
     "meta_rewarding_judge_kept": (GOOD, "--"),
@@ -290,13 +300,13 @@ def figure(ends: Ends, flaw: str) -> Figure:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 TRUST = (
-    "It is arithmetic on stated assumptions. It can show that a claim follows from a mechanism, and on what that hangs; "
-    "it cannot show that a language model has the mechanism, nor how strong its flaws are.",
+    "It is arithmetic on stated assumptions. It can show that a claim follows from a mechanism, and on what that "
+    "hangs; it cannot show that a language model has the mechanism, nor how strong its flaws are.",
     "Responses are points of a normal distribution that keeps its spread: no mode is lost, no text degenerates, "
     "and merit, length and manner are independent. Where longer answers are better, rho costs more than here.",
     "One training is one step along DPO's gradient at Delta = 0. An optimiser that divides by the size of the "
     "gradient, as AdamW does, would undo much of CREAM's factor 2 C - 1 until Delta grows: what this says of it is "
-    "nearer to plain gradient descent than to a real training. The arm at half the step shows how much of it is care alone.",
+    "nearer to plain gradient descent than to a real training. The arm at half the step shows how much is care alone.",
     "That a model collapses at all rests on the cost of drifting in directions that nobody prefers. Its form is taken "
     "from measurements of over-optimisation; its size was set so that random labels lose what a perfect judge gains.",
     "CREAM's reward is the way that the policy was trained so far, exactly, with noise for what a real log-ratio holds "

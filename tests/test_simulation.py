@@ -76,6 +76,17 @@ def test_training_moves_the_mean_by_the_step_towards_chosen_less_rejected():
     assert not unsure.mean.any()
 
 
+def test_a_label_may_be_each_prompts_own():
+    asked = turn(CLEAR, (2.0, 1.0, 0.0), (-1.0, 0.5, 3.0))
+    draws = asked.draws._replace(features=np.repeat(asked.draws.features, 2, 0))
+    both = asked._replace(
+        world=replace(SMALL, prompts=2), draws=draws, named=asked.named.repeat(2, 0), quality=asked.quality.repeat(2, 0)
+    )
+    state, _, label = sim.train(ARMS["oracle"]._replace(label=lambda turn: np.array([1.0, 0.25])), both)
+    np.testing.assert_allclose(state.mean[:3], 0.25 * (1.0 - 0.5) / 2 * np.array([3.0, 0.5, -3.0]))
+    assert label == 0.625
+
+
 def test_a_tie_gives_no_pair():
     state, paired, _ = sim.train(ARMS["self_rewarding"], turn(CLEAR, (-0.1, 1.0, 0.0), (-0.2, 0.0, 0.0)))
     assert paired == 0  # 2.43 and 2.36: both are written as 2 points

@@ -75,7 +75,8 @@ def test_cream_must_keep_what_plain_loses_and_be_better_for_it():
 
 def test_meta_judging_helps_harms_or_shows_nothing():
     for quality, said in ((2.6, "Yes: helps"), (2.4, "No: harms"), (2.5, "No: nothing to be shown")):
-        assert told("leniency", "leniency", meta_rewarding__quality=quality).answer.startswith(said)
+        assert told("leniency", "against leniency", meta_rewarding__quality=quality).answer.startswith(said)
+        assert told("leniency", "without leniency", meta_rewarding__quality=quality).answer.startswith(said)
 
 
 def test_a_page_has_plots_intervals_answers_and_its_data(tmp_path):
