@@ -247,6 +247,27 @@ def winrate(
 
 
 @app.command()
+def simulate(
+    seeds: Annotated[int, typer.Option(min=2, max=1000, help="Campaigns of each kind; intervals are over them.")] = 32,
+    flaws: Annotated[
+        list[str],
+        typer.Option("--flaw", help="Only this: noise, length, position, leniency or self_preference. Repeatable."),
+    ] = [],  # noqa: B006 - as in `run`
+    out: Annotated[Path, typer.Option(help="Folder of the page and the data.")] = RUNS / "simulation",
+    as_json: AsJson = False,
+) -> None:
+    """Try the methods on a judge of known flaws, in a world of numbers: no model, no engine, minutes."""
+    from flows.looking import simulated
+    from srlm_core import simulation_report
+
+    ends, page = simulated(flaws, seeds, out)
+    if as_json:
+        typer.echo(json.dumps({"page": str(page), "seeds": seeds, **simulation_report.as_dict(ends)}, indent=2))
+        return
+    typer.echo(f"{simulation_report.as_text(ends)}\n{page}")
+
+
+@app.command()
 def recipes(
     settings: Annotated[
         bool, typer.Option("--settings", help="Print the JSON schema of all settings, for editors.")

@@ -5,13 +5,14 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from srlm_core import table
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
-from srlm_core.errors import StoreError
+from srlm_core.errors import ConfigError, StoreError
 from srlm_core.methods import METHODS, require_fit
 from srlm_core.plan import Line, of_this_machine, plan
 from srlm_core.seed_data import load_seed
@@ -44,6 +45,31 @@ def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]]
         for row in table.of_campaign(folder)
     ]
     return rows, page
+
+
+def simulated(flaws: Sequence[str], seeds: int, out: Path) -> tuple[Any, Path]:
+    """Simulate campaigns on a judge of known flaws (none named: all); what came of them, and the page of it.
+
+    Raises ConfigError for an unknown flaw, StoreError where the page cannot be written.
+    """
+    from srlm_core import simulation, simulation_report
+
+    for flaw in flaws:
+        if flaw not in simulation.FLAWS:
+            raise ConfigError(f"expected a flaw of {', '.join(simulation.FLAWS)}, got {flaw!r}. Name one of them.")
+    if out.is_file() or (out / "config.json").exists():
+        what = "file" if out.is_file() else "campaign"
+        raise StoreError(f"expected a folder for the page, got the {what} {out}. Name another one with --out.")
+    wanted = [flaw for flaw in simulation.FLAWS if flaw in flaws or not flaws]
+    began = time.monotonic()
+
+    def say(seed: int) -> None:
+        left = (time.monotonic() - began) / (seed + 1) * (seeds - seed - 1)
+        if (seed + 1) % max(1, seeds // 8) == 0:
+            print(f"seed {seed + 1} of {seeds}, {left:.0f} s left", file=sys.stderr)
+
+    rows = simulation.simulate(simulation.cases(wanted, simulation_report.PROBES), seeds, say)
+    return simulation_report.Ends(rows), simulation_report.write(rows, seeds, out)
 
 
 def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:

@@ -243,29 +243,31 @@ def battle_matrix(won: np.ndarray, first_wins: int, second_wins: int) -> np.ndar
     """B[m, n] = w1 [m, shown first, beats n] + w2 [m, shown second, beats n]; w1 = W2 / (W1 + W2), w2 = W1 / (W1 + W2).
 
     W1, W2: wins of the first and second place over all comparisons of the iteration; a rare win counts more. 4 and 1
-    make 0.2 and 0.8. No wins at all: zeros.
+    make 0.2 and 0.8. No wins at all: zeros. Shapes [..., judgments, judgments].
     """
     total = first_wins + second_wins
     if not total:
         return np.zeros_like(won)
-    return (second_wins * (won > 0) + first_wins * (won < 0).T) / total
+    return (second_wins * (won > 0) + first_wins * (won < 0).swapaxes(-1, -2)) / total
 
 
 def elo(wins: np.ndarray, regularisation: float) -> np.ndarray:
     """Rate by maximum likelihood: argmax_e sum B[m, n] log sigmoid(e_m - e_n) - regularisation / 2 sum e^2; sums to 0.
 
-    The second term is ours: without it a judgment that wins all, or none, has no finite rating. It makes the problem
-    strictly concave, and Newton's method finds its only solution.
+    Shapes: [..., judgments, judgments] gives [..., judgments]. The second term is ours: without it a judgment that wins
+    all, or none, has no finite rating. It makes the problem strictly concave, and Newton's method finds its only
+    solution.
     """
-    ratings = np.zeros(len(wins))
+    ratings = np.zeros(wins.shape[:-1])
     for _ in range(100):
-        chance = 1 / (1 + np.exp(ratings[None, :] - ratings[:, None]))  # of m against n
+        chance = 1 / (1 + np.exp(ratings[..., None, :] - ratings[..., :, None]))  # of m against n
         surprise = wins * (1 - chance)
-        gradient = surprise.sum(1) - surprise.sum(0) - regularisation * ratings
+        gradient = surprise.sum(-1) - surprise.sum(-2) - regularisation * ratings
         if np.abs(gradient).max(initial=0.0) < 1e-10:
             break
-        weight = (wins + wins.T) * chance * (1 - chance)
-        curvature = np.diag(weight.sum(1) + regularisation) - weight
-        step = np.linalg.solve(curvature, gradient)
-        ratings = ratings + step * min(1.0, 2.0 / np.abs(step).max())  # a long step may overshoot
+        weight = (wins + wins.swapaxes(-1, -2)) * chance * (1 - chance)
+        curvature = np.eye(wins.shape[-1]) * (weight.sum(-1) + regularisation)[..., None] - weight
+        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
+        longest = np.abs(step).max(-1, keepdims=True)
+        ratings = ratings + step * np.minimum(1.0, 2.0 / np.maximum(longest, 1e-9))  # a long step may overshoot
     return ratings

@@ -124,33 +124,46 @@ def _select(
     scored = sorted((r for r in responses if r["response_id"] in scores), key=lambda response: response["index"])
     if len(scored) < 2:
         return None, "fewer_than_two_scored"
-    best = [r for r in scored if may_be_chosen(r, config)]
-    worst = [r for r in scored if may_be_rejected(r, config)]
+    best = [place for place, response in enumerate(scored) if may_be_chosen(response, config)]
+    worst = [place for place, response in enumerate(scored) if may_be_rejected(response, config)]
     if not best or not worst:
         return None, "none_may_be_chosen" if not best else "none_may_be_rejected"
-    score = {response["index"]: scores[response["response_id"]] for response in scored}
-    top, bottom = max(score[r["index"]] for r in best), min(score[r["index"]] for r in worst)
-    if top - bottom <= _EPSILON:
+    chosen_rejected = extremes(
+        [scores[r["response_id"]] for r in scored],
+        [len(r["response"]) for r in scored],
+        config.length_control,
+        may_be_chosen=best,
+        may_be_rejected=worst,
+    )
+    if chosen_rejected is None:
         return None, "tie"
-    chosen, rejected = _of_tiers(best, worst, score, (top - bottom) * config.length_control)
-    margin = score[chosen["index"]] - score[rejected["index"]]
+    chosen, rejected = (scored[place] for place in chosen_rejected)
+    margin = scores[chosen["response_id"]] - scores[rejected["response_id"]]
     if margin < config.min_margin - _EPSILON:
         return None, "margin_too_small"
     return (chosen, rejected), ""
 
 
-def _of_tiers(
-    best: Sequence[dict[str, Any]], worst: Sequence[dict[str, Any]], score: Mapping[int, float], depth: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take the shortest response (characters) whose score is within `depth` of the top, the longest at the bottom.
+def extremes(
+    scores: Sequence[float],
+    lengths: Sequence[int],
+    length_control: float = 0.0,
+    *,
+    may_be_chosen: Sequence[int] | None = None,
+    may_be_rejected: Sequence[int] | None = None,
+) -> tuple[int, int] | None:
+    """Return the places of chosen and rejected among a prompt's responses, or null for a tie.
 
-    No depth: the highest and the lowest score. Always the lower index of equals, so row order does not matter.
+    The highest and the lowest score; under length control (rho, a share of the scores' range) the shortest of those
+    within rho of the top and the longest of those within rho of the bottom. Always the first of equals. Not given: all
+    may be chosen, or rejected; else these places, of which there must be one at least.
     """
-    if not depth:
-        return max(best, key=lambda r: score[r["index"]]), min(worst, key=lambda r: score[r["index"]])
-    top, bottom = max(score[r["index"]] for r in best), min(score[r["index"]] for r in worst)
-    tiers = (
-        [r for r in best if score[r["index"]] >= top - depth - _EPSILON],
-        [r for r in worst if score[r["index"]] <= bottom + depth + _EPSILON],
-    )
-    return min(tiers[0], key=lambda r: len(r["response"])), max(tiers[1], key=lambda r: len(r["response"]))
+    good, bad = (range(len(scores)) if of is None else of for of in (may_be_chosen, may_be_rejected))
+    top, bottom = max(scores[place] for place in good), min(scores[place] for place in bad)
+    if top - bottom <= _EPSILON:
+        return None
+    if not length_control:
+        return max(good, key=scores.__getitem__), min(bad, key=scores.__getitem__)
+    depth = (top - bottom) * length_control + _EPSILON
+    tiers = [p for p in good if scores[p] >= top - depth], [p for p in bad if scores[p] <= bottom + depth]
+    return min(tiers[0], key=lengths.__getitem__), max(tiers[1], key=lengths.__getitem__)

@@ -140,3 +140,10 @@ def test_a_template_of_ones_own_must_show_both_judgments(tmp_path):
     path.write_text("Which? {{rubric}} {{prompt}} {{response}} {{first}} {{format}}")
     with pytest.raises(ConfigError, match=r"expected the placeholder \{\{second\}\}"):
         load_rubric(str(path), justified=True, kind="meta_", asks_with=("first", "second"))
+
+
+def test_a_stack_of_battles_is_rated_as_one_by_one():
+    won = np.random.default_rng(0).integers(-1, 2, (5, 4, 4)) * (1 - np.eye(4, dtype=int))
+    matrices = meta.battle_matrix(won, 7, 3)
+    alone = [meta.elo(meta.battle_matrix(one, 7, 3), 0.1) for one in won]
+    np.testing.assert_allclose(meta.elo(matrices, 0.1), alone, atol=1e-9)

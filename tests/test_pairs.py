@@ -124,3 +124,11 @@ def test_a_response_that_is_too_long_is_never_chosen():
     rows = [("p0", "a long answer", "stop"), ("p0", "short", "stop"), ("p0", "no", "stop")]
     made, _ = paired(rows, {"r0": 5, "r1": 4, "r2": 1}, PairsConfig(max_chosen_chars=5))
     assert made["chosen_id"].to_pylist() == ["r1"]
+
+
+def test_the_worked_example_of_length_control_by_places():
+    scores = (4.6, 4.2, 3.0, 2.6)
+    for rho, expected in ((0, (0, 3)), (0.2, (1, 2)), (0.32, (1, 2)), (0.4, (1, 2))):
+        assert pairs.extremes(scores, LENGTHS, rho) == expected, rho
+    assert pairs.extremes((3.0, 3.0), (1, 2), 0.3) is None
+    assert pairs.extremes((5.0, 4.0, 1.0), (1, 1, 1), may_be_chosen=[1, 2], may_be_rejected=[0, 1]) is None
