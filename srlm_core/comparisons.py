@@ -21,6 +21,8 @@ from srlm_core.store import digest, seed_for
 VERSION = 1
 VERDICT = "Better: "
 """How the line begins that names the better response."""
+ORDERS = 2
+"""Passes over each two responses."""
 
 
 class Match(NamedTuple):

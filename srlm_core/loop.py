@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, frozen_judge, measuring, store, training
+from srlm_core import annotating, counting, frozen_judge, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.errors import NothingLeft, StoreError
@@ -162,7 +162,7 @@ def _pairs_of(run: Run, t: int) -> list[Path]:
 def _ids_of_whole(path: Path) -> list[str]:
     if store.stamp_of(path) is None:
         raise _cannot_replay(path, "it is damaged")
-    return store.read_part(path)["pair_id"].to_pylist()
+    return counting.read_columns(path, ["pair_id"])["pair_id"].to_pylist()
 
 
 def _cannot_replay(path: Path, why: str) -> StoreError:

@@ -48,6 +48,8 @@ class Iteration(NamedTuple):
     """Responses sampled to each."""
     k: int
     """Judgments of each."""
+    compared: int
+    """Comparisons of the responses of a prompt, both orders."""
     paired: float
     """Share of prompts that give a pair."""
 
@@ -55,13 +57,16 @@ class Iteration(NamedTuple):
     def of(cls, config: RunConfig, target: int) -> "Iteration":
         """Look at the method's steps."""
         made = {step.makes: step for step in METHODS[config.method].makes}
-        writes, judges = made["prompts"].role is not None, "judgments" in made
+        writes, n = made["prompts"].role is not None, config.responses.n if "responses" in made else 0
+        k = made["judgments"].passes(config) if "judgments" in made else 0
+        compared = made["comparisons"].passes(config) * n * (n - 1) // 2 if "comparisons" in made else 0
         return cls(
             target,
             round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD) if writes else 0,
-            config.responses.n if "responses" in made else 0,
-            config.judgments.k if judges else 0,
-            ASSUMED_PAIRED if judges else 1.0,
+            n,
+            k,
+            compared,
+            ASSUMED_PAIRED if k or compared else 1.0,
         )
 
 
@@ -80,7 +85,7 @@ def plan(
     `seed_rows` counts ift, eft (responses), evaluation, heldout (responses), and the prompts of an iteration.
     """
     its, one = config.iterations, Iteration.of(config, seed_rows["prompts"])
-    target, asked, n, k, paired = one
+    target, asked, n, k, compared, paired = one
     answer, written = _answer(config), _written(config)
     models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
     lines = [
@@ -89,6 +94,9 @@ def plan(
         Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
+    if compared:
+        each_pair = f"{its} × {target} × {n} × {n - 1}, each two in both orders"
+        lines.append(Line("comparisons", its * target * compared, "comparisons", each_pair))
     eft = _eft_judgments(config, seed_rows["eft"])
     if eft:
         lines.append(Line("judgments for EFT", eft, "judgments", f"{seed_rows['eft']} ranked responses, each pass"))
@@ -96,6 +104,7 @@ def plan(
     generated = its * generated_tokens(config, one) + (0 if config.seed_data.eft_targets == "endpoint" else eft_tokens)
     # a prompt is read once to be answered and once to be judged, a response once to be judged
     read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
+    read += its * target * compared * 2 * answer  # nothing is written, both responses are read
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
     lines += [
         Line("tokens generated", generated, "tokens", f"completions at {ASSUMED_FILL:.0%} of max_tokens"),

@@ -48,12 +48,9 @@ class Story(NamedTuple):
     """Passes that make a score."""
 
     def role(self, row_id: str) -> str | None:
-        """`chosen`, `rejected`, or None for a response or judgment that is in no pair."""
-        for pair in self.pairs:
-            for role in ("chosen", "rejected"):
-                if pair[f"{role}_id"] == row_id:
-                    return role
-        return None
+        """`chosen`, `rejected`, both, or None for a response or judgment that is in no pair."""
+        roles = [role for role in ("chosen", "rejected") if any(pair[f"{role}_id"] == row_id for pair in self.pairs)]
+        return " and ".join(roles) or None
 
     def brought(self) -> list[tuple[str, str]]:
         """List (role, text) of the sides of a pair that no model sampled here, such as people's answers."""

@@ -286,11 +286,11 @@ METHOD = Method(
         Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond, takes_given=True),
         Step(
             "judgments", ("prompts", "responses"), "judge", judgments.VERSION, (*judgments.SETTINGS, "dno.judge_by"),
-            judge, texts=judgments.texts, passes=lambda config: config.judgments.k,
+            judge, texts=judgments.texts, passes=lambda config: config.judgments.k * (config.dno.judge_by == "score"),
         ),
         Step(
             "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, ("dno.judge_by",), compare,
-            texts=comparisons.texts,
+            texts=comparisons.texts, passes=lambda config: comparisons.ORDERS * (config.dno.judge_by == "win_rate"),
         ),
         Step("pairs", JUDGED, None, 1, ("pairs", "dno", "judgments.k", "judgments.min_valid"), pair),
     ),

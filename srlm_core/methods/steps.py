@@ -174,8 +174,9 @@ JUDGMENTS = Step(
     texts=judgments.texts, passes=lambda config: config.judgments.k,
 )  # fmt: skip
 COMPARISONS = Step(
-    "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, (), compare, texts=comparisons.texts
-)
+    "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, (), compare, texts=comparisons.texts,
+    passes=lambda config: comparisons.ORDERS,
+)  # fmt: skip
 PAIRS = Step(
     "pairs", ("prompts", "responses", "judgments"), None, pairs.VERSION,
     ("pairs", "judgments.k", "judgments.min_valid"), pair,

@@ -139,8 +139,11 @@ def test_a_campaign_pairs_all_three_kinds_and_each_reference_is_used_once(tmp_pa
     report.write_report(folder)
     page = (folder / "report" / "report.md").read_text()
     assert "own over reference, share of pairs" in page
-    pair = read(folder, "pairs")[0]
-    assert "from the data (reference)" in show.show(folder, pair["prompt_id"])
+    pairs = read(folder, "pairs")
+    assert "from the data (reference)" in show.show(folder, pairs[0]["prompt_id"])
+    (both, *_) = {row["chosen_id"] for row in pairs} & {row["rejected_id"] for row in pairs}
+    prompt = next(row["prompt_id"] for row in pairs if row["chosen_id"] == both)
+    assert "← chosen and rejected" in show.show(folder, prompt)
 
 
 def test_its_own_judge_by_win_rates_asks_for_no_score(tmp_path, scripted):

@@ -7,6 +7,7 @@ from srlm_core.engines.protocol import TokenScores
 from srlm_core.engines.scripted import ScriptedEngine
 from srlm_core.errors import NothingLeft
 from srlm_core.methods import require_fit
+from srlm_core.plan import Iteration
 
 SETS = ("responses.n=3", "iterations=2", "evaluation.models=policy")
 
@@ -57,3 +58,9 @@ def test_a_prompt_too_long_to_compare_makes_no_pair_and_is_counted(scripted, mon
 def test_win_rates_of_another_method_may_train_by_the_loss_as_well():
     require_fit(recipes.load("dno", "smoke", ["dno.judge_by=win_rate", "training.dpo.loss=sppo"]))
     assert recipes.load("sppo", "paper").training.dpo.loss == "sppo"
+
+
+def test_the_plan_counts_what_is_compared_and_what_is_scored():
+    scores, rates = recipes.load("dno", "smoke"), recipes.load("dno", "smoke", ["dno.judge_by=win_rate"])
+    asked = [Iteration.of(config, 10) for config in (recipes.load("sppo", "smoke"), scores, rates)]
+    assert [(one.k, one.compared) for one in asked] == [(0, 20), (3, 0), (0, 20)]
