@@ -250,8 +250,11 @@ class Campaign:
                 f"expected campaign {self.name!r} to be free, but another process works on it ({self.folder}). "
                 "Wait for it, stop it, or start a campaign of another name with --name."
             ) from error
-        for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for leftover in list(self.folder.rglob(".*.tmp")):  # of a process that was killed while it wrote
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -102,8 +102,12 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     (tmp_path / "c" / "iter_01").mkdir(parents=True)
     left = tmp_path / "c" / "iter_01" / ".part-00000.parquet.999.tmp"
     left.write_text("half")
+    model = tmp_path / "c" / "models" / ".M2.tmp"
+    model.mkdir(parents=True)
+    (model / "weights").write_text("half")
     with store.Campaign(tmp_path, "c"):
         assert not left.exists()
+        assert not model.exists()
 
 
 @given(st.lists(st.one_of(st.text(), st.integers(), st.booleans()), max_size=4))
