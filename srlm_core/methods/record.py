@@ -94,7 +94,7 @@ class Training:
     """The same for all iterations, as long as its rows are."""
 
     def name(self, t: int) -> str:
-        """Name the model: `future` of iteration 2 is `M2_future`, one that is trained once has its role's name alone."""
+        """Name the model: `M2_future` in iteration 2; one that is trained once is named by its role alone."""
         return self.role if self.once else f"M{t}_{self.role}"
 
 
