@@ -21,6 +21,7 @@ BENCHMARKS = {
     "evaluation": "a whole evaluation of one model against one bare vllm.LLM",
     "replicas": "two engines of one core each against one",
     "training": "SFT and DPO against TRL as it comes",
+    "losses": "a step of each loss of a pair against one of plain DPO",
     "settings": "threads, batch and compilation of the engine: what `srlm doctor` chooses by",
     "campaign": "the whole demo against the same work as a straight script",
 }

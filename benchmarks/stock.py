@@ -23,7 +23,8 @@ def main() -> None:
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"] or len(hardware.cores()))
     transformers.utils.logging.set_verbosity_error()
-    rows = Dataset.from_parquet(job["rows"]).remove_columns("id")
+    rows = Dataset.from_parquet(job["rows"])
+    rows = rows.select_columns(["prompt", *(["chosen", "rejected"] if job["kind"] == "dpo" else ["completion"])])
     on_gpu, settings = torch.cuda.is_available(), job["settings"]
     shared = {
         "output_dir": f"{job['output']}.work", "seed": job["seed"], "learning_rate": settings["learning_rate"],

@@ -141,9 +141,9 @@ def _preferences(groups: list[dict[str, Any]], size: Size) -> Any:
         said = {
             name: [{"role": "assistant", "content": text}] for name, text in (("chosen", best), ("rejected", worst))
         }
-        rows.append(
-            {"id": store.digest(group["prompt"]), "prompt": [{"role": "user", "content": group["prompt"]}], **said}
-        )
+        sure = {"chosen_score": None, "rejected_score": None, "label": 1.0, "weight": 1.0}
+        asked = {"id": store.digest(group["prompt"]), "prompt": [{"role": "user", "content": group["prompt"]}]}
+        rows.append({**asked, **said, **sure})
     return schemas.table(rows, schemas.PREFERENCES)
 
 

@@ -325,6 +325,13 @@ class DpoConfig(OptimizerConfig):
     final_learning_rate: float = Field(default=1e-7, ge=0)
     beta: float = Field(default=0.1, gt=0)
     """Pull towards the reference (section 3.1.3: 0.1)."""
+    loss: Literal["sigmoid", "sppo"] = "sigmoid"
+    """What a pair costs. `sigmoid`: DPO by the pair's label, a hard one (the paper; arXiv:2305.18290 section 4) or a
+    soft one (CREAM, arXiv:2410.12735). `sppo`: squared distance of each response's log-ratio from (its score - 1/2) /
+    beta (arXiv:2405.00675 section 4; beta 0.001 there), where a score is a probability of winning."""
+    nll: float = Field(default=0.0, ge=0)
+    """Weight of the chosen response's negative log-likelihood, nats per token of its own, beside the loss
+    (arXiv:2404.19733 section 2: 1). 0 = none (the paper)."""
     init_from: Literal["previous", "sft", "base"] = "previous"
     """Weights that training starts from: M_t (the paper), M1, or M0."""
     reference: Literal["previous", "sft", "base"] = "previous"

@@ -110,9 +110,14 @@ PREFERENCES = pa.schema(
         _required("prompt", MESSAGES),
         _required("chosen", MESSAGES),
         _required("rejected", MESSAGES),
+        pa.field("chosen_score", pa.float64()),
+        pa.field("rejected_score", pa.float64()),
+        pa.field("label", pa.float64()),
+        _required("weight", pa.float64()),
     ]
 )
-"""Rows of DPO, as the trainer reads them."""
+"""Rows of DPO, as the trainer reads them. `label` is the probability that chosen is the better response, 1 = certain;
+`weight` scales a row's loss. `training.dpo.loss` says whether label or scores count."""
 
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": PROMPTS,

@@ -12,7 +12,7 @@ from srlm_core import schemas
 from srlm_core.engines.protocol import Message
 from srlm_core.store import digest
 
-VERSION = 2
+VERSION = 3
 
 
 def _turn(role: str, text: str) -> Message:
@@ -65,10 +65,14 @@ def eft_examples(
 
 
 def preferences(pairs: pa.Table) -> pa.Table:
-    """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES."""
+    """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES.
+
+    A pair's label, weight and scores go along: how far the loss trusts it.
+    """
     columns = {
         "id": pairs["pair_id"], "prompt": pairs["messages"],
         "chosen": _assistant_turns(pairs["chosen"]), "rejected": _assistant_turns(pairs["rejected"]),
+        **{name: pairs[name] for name in ("chosen_score", "rejected_score", "label", "weight")},
     }  # fmt: skip
     return schemas.conform(pa.table(columns), schemas.PREFERENCES)
 

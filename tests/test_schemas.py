@@ -1,7 +1,8 @@
 import pytest
+from made_up import pair
 from tables import judgments, prompts
 
-from srlm_core import schemas
+from srlm_core import schemas, training
 
 
 def test_conforming_twice_changes_nothing():
@@ -48,6 +49,14 @@ def test_a_pair_of_a_response_with_itself_is_an_error():
     }
     with pytest.raises(ValueError, match="itself"):
         schemas.table([row], schemas.PAIRS)
+
+
+def test_what_a_pair_is_worth_goes_along_to_training():
+    sure, unsure = ({**pair({}), "pair_id": name, "label": label, "weight": 0.5, "rejected_score": score}
+                    for name, label, score in (("a", 1.0, 2.0), ("b", None, None)))  # fmt: skip
+    rows = training.preferences(schemas.table([sure, unsure], schemas.PAIRS)).to_pylist()
+    worth = ("label", "weight", "chosen_score", "rejected_score")
+    assert [[row[name] for name in worth] for row in rows] == [[1.0, 0.5, 13 / 3, 2.0], [None, 0.5, 13 / 3, None]]
 
 
 def test_null_verdicts_survive_a_file(tmp_path):

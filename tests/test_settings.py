@@ -42,7 +42,8 @@ def test_a_method_step_reads_only_settings_of_its_own_and_later_stages():
         ("training.sft.learning_rate", 5.5e-6), ("training.sft.final_learning_rate", 1.1e-6),
         ("training.sft.batch_size", 16),
         ("training.dpo.learning_rate", 1e-6), ("training.dpo.final_learning_rate", 1e-7),
-        ("training.dpo.batch_size", 16), ("training.dpo.beta", 0.1),
+        ("training.dpo.batch_size", 16), ("training.dpo.beta", 0.1), ("training.dpo.loss", "sigmoid"),
+        ("training.dpo.nll", 0),
         ("training.dpo.checkpoint_steps", 200), ("iterations", 2),
     ],
 )  # fmt: skip

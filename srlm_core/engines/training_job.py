@@ -36,7 +36,8 @@ class TrainingJob(Settings):
 
     kind: Literal["sft", "dpo"]
     rows: Path
-    """Parquet. sft: id, prompt, completion; dpo: id, prompt, chosen, rejected; all but id lists of {role, content}."""
+    """Parquet. sft: id, prompt, completion; dpo: id, prompt, chosen, rejected; all but id lists of {role, content}.
+    dpo also: label and weight, chosen_score and rejected_score (engines/losses.py), null where the loss reads none."""
     heldout: Path | None = None
     """Rows that choose among checkpoints, same columns; null = no early stopping."""
     init_from: Path

@@ -17,7 +17,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from srlm_core.engines import losses
 from srlm_core.engines.packed import pack
 
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
@@ -60,6 +61,16 @@ trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPri
 trl.trainer.dpo_trainer.hash_module = lambda module: ""  # pyright: ignore[reportPrivateImportUsage]
 
 _COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected")}
+_NUMBERS = {"sft": (), "dpo": ("label", "weight", "chosen_score", "rejected_score")}
+_EXPECTED = {
+    "label": ("a number from 0 to 1, the probability that chosen is better", "Write 1 for a pair that is certain."),
+    "weight": ("a number from 0 up, how much the row counts", "Write 1 for a row like any other."),
+    **dict.fromkeys(
+        ("chosen_score", "rejected_score"),
+        ("a number from 0 to 1, the probability of winning", "Give such scores, or set training.dpo.loss=sigmoid."),
+    ),
+}
+"""What must stand beside a pair that is trained on, and what to do where it does not."""
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
                     "*.jinja", "chat_templates", "*.tiktoken", "*.py")  # fmt: skip
 _CHECKS = {"sft": ("eval_loss", False), "dpo": ("eval_rewards/accuracies", True)}
@@ -75,6 +86,8 @@ class Tokenized(NamedTuple):
     id: str
     prompt: list[int]
     completions: tuple[list[int], ...]
+    numbers: dict[str, float | None]
+    """What stands beside the texts: label, weight and scores of a pair."""
 
     @property
     def n_tokens(self) -> int:
@@ -84,7 +97,7 @@ class Tokenized(NamedTuple):
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
     """Read a job's Parquet file; raises TrainingFailed with words if it is not one."""
-    columns = ["id", "prompt", *_COMPLETIONS[kind]]
+    columns = ["id", "prompt", *_COMPLETIONS[kind], *_NUMBERS[kind]]
     try:
         found = pq.read_schema(path).names
         if missing := [column for column in columns if column not in found]:
@@ -102,6 +115,18 @@ def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
             f"training ({kind}): expected rows in {path}, got none. Nothing can be learnt from no row."
         )
     return rows
+
+
+def check_numbers(row: dict[str, Any], settings: DpoConfig) -> None:
+    """Raise TrainingFailed unless what the loss reads beside the texts is there and in its range."""
+    for name in losses.reads(settings):
+        value, most = row[name], sys.float_info.max if name == "weight" else 1.0
+        if not isinstance(value, int | float) or not 0 <= value <= most:
+            expected, remedy = _EXPECTED[name]
+            raise TrainingFailed(
+                f"training (dpo): expected {name} to be {expected}, as loss={settings.loss} reads it, got "
+                f"{'null' if value is None else value} (row {row['id']}). {remedy}"
+            )
 
 
 def tokenize(row: dict[str, Any], kind: str, tokenizer: Any, ends: set[int]) -> Tokenized:
@@ -129,7 +154,8 @@ def tokenize(row: dict[str, Any], kind: str, tokenizer: Any, ends: set[int]) -> 
                 f"(row {row['id']}). A model trained on this never stops: set eos_token to what the template writes."
             )
         completions.append(ids[: last + 1])
-    return Tokenized(row["id"], _ids(tokenizer, prompt), tuple(completions))
+    numbers = {name: row[name] for name in _NUMBERS[kind]}
+    return Tokenized(row["id"], _ids(tokenizer, prompt), tuple(completions), numbers)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -154,6 +180,7 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
         "prompt_ids": [row.prompt for row in rows],
         "chosen_ids": [row.completions[0] for row in rows],
         "rejected_ids": [row.completions[1] for row in rows],
+        **{name: [row.numbers[name] for row in rows] for name in _NUMBERS[kind]},
     })  # fmt: skip
 
 
@@ -217,15 +244,23 @@ class _Sft(_Ours, SFTTrainer):
 
 
 class _Dpo(_Ours, DPOTrainer):
-    """DPOTrainer on rows that are tokenized already; every row of a step weighs the same, whatever its micro batch."""
+    """DPOTrainer on rows that are tokenized already; a row of a step counts the same whatever its micro batch.
+
+    Where each pair is certain and weighs 1 and nothing but DPO's own loss is asked for, that is TRL's, untouched.
+    """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, folder: Path, report: "Report", **kwargs: Any) -> None:
-        self.folder, self.report = folder, report
+    def __init__(
+        self, *args: Any, settings: DpoConfig, plain: bool, folder: Path, report: "Report", **kwargs: Any
+    ) -> None:
+        self.settings, self.plain, self.folder, self.report = settings, plain, folder, report
         self._micro_rows: dict[str, list[int]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         self.ref_model = None  # its log-probabilities are on file: the memory of one model is enough
+        if not plain:
+            self.loss_weights = [0.0]  # of TRL's loss the auxiliary one of experts stays, where a model has them
+            self.data_collator = _with_numbers(self.data_collator, losses.reads(settings))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -265,6 +300,29 @@ class _Dpo(_Ours, DPOTrainer):
             return loss
         return loss * _n_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
 
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """Let TRL pass the batch through the model and keep its metrics; put our loss in the place of its own."""
+        if self.plain:
+            return super()._compute_loss(model, inputs, return_outputs)
+        outputs: list[Any] = []
+
+        def overheard(**asked: Any) -> Any:
+            outputs.append(model(**asked))
+            return outputs[-1]
+
+        given = {name: inputs[name] for name in losses.reads(self.settings)}
+        texts = {name: value for name, value in inputs.items() if name not in given}
+        theirs = super()._compute_loss(overheard, texts, return_outputs)
+        ours = self._of_rows(outputs[0].log_probs, texts, given).mean()
+        return (theirs[0] + ours, theirs[1]) if return_outputs else theirs + ours
+
+    def _of_rows(self, log_probs: torch.Tensor, texts: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Losses of the rows, [B], from the log-probabilities of their completions' tokens, [2B, T - 1], else 0."""
+        chosen_mask, _ = texts["completion_mask"].chunk(2)
+        policy = losses.LogProbs(*log_probs.sum(dim=1).chunk(2))
+        reference = losses.LogProbs(texts["ref_chosen_logps"], texts["ref_rejected_logps"])
+        return losses.of_rows(policy, reference, chosen_mask.sum(dim=1), given, self.settings)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         weights, self._micro_rows[mode] = self._micro_rows[mode], []
@@ -272,6 +330,21 @@ class _Dpo(_Ours, DPOTrainer):
             if len(values) == len(weights) and weights:
                 self._metrics[mode][name] = [sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)]
         super().log(logs, start_time)
+
+
+def _with_numbers(collate: Callable[[Any], Any], names: Sequence[str]) -> Callable[[Any], Any]:
+    """Collate as before, and bring along columns of numbers, which TRL's collator leaves behind."""
+
+    def collate_all(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return collate(examples) | {name: torch.tensor([float(row[name]) for row in examples]) for name in names}
+
+    return collate_all
+
+
+def is_plain(settings: DpoConfig, rows: Iterable[Tokenized]) -> bool:
+    """Whether the loss is DPO's own: every pair is certain and weighs 1, and nothing is added."""
+    hard = {"label": 1, "weight": 1}
+    return (settings.loss, settings.nll) == ("sigmoid", 0) and all(row.numbers.items() >= hard.items() for row in rows)
 
 
 def _n_pairs(batch: dict[str, torch.Tensor]) -> int:
@@ -460,6 +533,8 @@ def load_rows(
     dropped = []
     for reason, path in sources:
         for row in read_rows(path, job.kind):
+            if isinstance(job.settings, DpoConfig):
+                check_numbers(row, job.settings)
             tokenized = tokenize(row, job.kind, tokenizer, ends)
             if tokenized.n_tokens > job.settings.max_length:
                 dropped.append(DroppedRow(tokenized.id, reason, tokenized.n_tokens))
@@ -570,10 +645,12 @@ def make_trainer(
         reference = job.reference or job.init_from
         is_itself = reference.resolve() == job.init_from.resolve()
         words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
+        words |= {"remove_unused_columns": False}  # every column of ours is there to be used
         trainer = _Dpo(
             args=DPOConfig(beta=job.settings.beta, **words),
             ref_model=None if is_itself else load_model(reference, job),
-            folder=job.work_dir, report=report, **given,
+            settings=job.settings, plain=is_plain(job.settings, [*rows, *heldout]), folder=job.work_dir, report=report,
+            **given,
         )  # fmt: skip
     else:
         trainer = _Sft(args=SFTConfig(**words), **given)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.engine
 
 WORDS = ("a", "model", "learns", "from", "what", "it", "says", "and", "keeps", "better", "of", "two", "answers")
 ROLES = ("chosen", "rejected")
+CERTAIN = {"label": 1.0, "weight": 1.0, "chosen_score": None, "rejected_score": None}
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,8 @@ def _rows(kind: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
     for i in range(n):
         row = {"id": f"r{i}", "prompt": _said("user", _text(rng))}
         columns = ("completion",) if kind == "sft" else ROLES
-        rows.append(row | {column: _said("assistant", _text(rng)) for column in columns})
+        row |= {column: _said("assistant", _text(rng)) for column in columns}
+        rows.append(row if kind == "sft" else row | CERTAIN)
     return rows
 
 
@@ -192,29 +194,37 @@ def test_dpo_starts_at_ln_2_when_the_policy_is_its_own_reference(child: Any, tin
 
 def test_dpo_loss_is_the_papers(child: Any, tiny: Path, tmp_path: Path) -> None:
     """beta 0.1, logp chosen -40 (reference -42), rejected -52 (reference -50): 0.1 x (2 - -2) = 0.4."""
-    import torch
-
-    def loss_of(*, policy: tuple[float, float], reference: tuple[float, float]) -> tuple[float, float]:
-        sums = torch.tensor([[value] for value in policy], requires_grad=True)
-        zero = torch.zeros(2, 1)
-        model = lambda **_: SimpleNamespace(log_probs=sums, entropy=zero, mean_logits=zero, is_top1=zero.bool())  # noqa: E731
-        ones = torch.ones(2, 2, dtype=torch.long)
-        inputs = {"input_ids": ones, "attention_mask": ones, "completion_mask": ones}
-        references = {f"ref_{role}_logps": torch.tensor([value]) for role, value in zip(ROLES, reference, strict=True)}
-        loss = trainer.compute_loss(model, inputs | references)
-        loss.backward()
-        return loss.item(), sums.grad[0].item()
-
-    job = _job(tmp_path, "dpo", tiny, _rows("dpo", 4))
-    child.claim(job.model_copy(update={"work_dir": _made(job.work_dir)}))
-    rows, _, _ = child.load_rows(job, _tokenizer(tiny), lambda **_: None)
-    trainer = child.make_trainer(job, rows, [], _tokenizer(tiny), lambda **_: None)
-    assert loss_of(policy=(-40.0, -52.0), reference=(-42.0, -50.0)) == pytest.approx(
+    trainer = _trainer(child, _job(tmp_path, "dpo", tiny, _rows("dpo", 4)))
+    assert _loss_of(trainer, policy=(-40.0, -52.0), reference=(-42.0, -50.0)) == pytest.approx(
         (0.513015, -0.040131), abs=1e-4
     )  # -0.1 x sigmoid(-0.4)
-    assert loss_of(policy=(-52.0, -40.0), reference=(-50.0, -42.0))[0] == pytest.approx(
+    assert _loss_of(trainer, policy=(-52.0, -40.0), reference=(-50.0, -42.0))[0] == pytest.approx(
         0.913015, abs=1e-4
     )  # the same pair, labels swapped
+
+
+def _loss_of(
+    trainer: Any, *, policy: tuple[float, float], reference: tuple[float, float], **numbers: float
+) -> tuple[float, float]:
+    """The trainer's loss of one pair, and its gradient by the chosen response's log-probability."""
+    import torch
+
+    sums = torch.tensor([[value] for value in policy], requires_grad=True)
+    zero = torch.zeros(2, 1)
+    model = lambda **_: SimpleNamespace(log_probs=sums, entropy=zero, mean_logits=zero, is_top1=zero.bool())  # noqa: E731
+    ones = torch.ones(2, 2, dtype=torch.long)
+    inputs = {"input_ids": ones, "attention_mask": ones, "completion_mask": ones}
+    references = {f"ref_{role}_logps": torch.tensor([value]) for role, value in zip(ROLES, reference, strict=True)}
+    given = {name: torch.tensor([value]) for name, value in numbers.items()}
+    loss = trainer.compute_loss(model, inputs | references | given)
+    loss.backward()
+    return loss.item(), sums.grad[0].item()
+
+
+def _trainer(child: Any, job: TrainingJob) -> Any:
+    child.claim(job.model_copy(update={"work_dir": _made(job.work_dir)}))
+    rows, heldout, _ = child.load_rows(job, _tokenizer(job.init_from), lambda **_: None)
+    return child.make_trainer(job, rows, heldout, _tokenizer(job.init_from), lambda **_: None)
 
 
 def _made(path: Path) -> Path:
@@ -236,6 +246,186 @@ def test_another_reference_moves_the_first_loss_and_is_the_one_asked(
     mirrored, _ = _run(child, _job(tmp_path, "dpo", other, _rows("dpo", 4), reference=tiny, name="mirrored"))
     # log p(policy) - log p(reference) changes its sign when the two change places
     assert mirrored.log[0]["rewards/margins"] == pytest.approx(-result.log[0]["rewards/margins"], abs=1e-4)
+
+
+def test_a_soft_label_reaches_the_trainers_loss(child: Any, tiny: Path, tmp_path: Path) -> None:
+    """CR-6: TRL's sigmoid loss overlooks label_smoothing, and its `robust` would say 0.413015."""
+    rows = _rows("dpo", 4)
+    rows[0]["label"] = 0.9
+    trainer = _trainer(child, _job(tmp_path, "dpo", tiny, rows))
+    pair = {"policy": (-40.0, -52.0), "reference": (-42.0, -50.0)}
+    # 5/6 x 0.513015 + 1/6 x 0.913015; 0.1 x (sigmoid(0.4) - 5/6)
+    assert _loss_of(trainer, **pair, label=5 / 6, weight=1.0) == pytest.approx((0.579682, -0.0234646), abs=1e-5)
+    assert _loss_of(trainer, **pair, label=1.0, weight=1.0) == pytest.approx((0.513015, -0.040131), abs=1e-5)
+    assert _loss_of(trainer, **pair, label=5 / 6, weight=2.0) == pytest.approx((1.159364, -0.0469292), abs=1e-5)
+
+
+def test_certain_pairs_of_equal_weight_are_left_to_trl(child: Any, tiny: Path, other: Path, tmp_path: Path) -> None:
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    trainer = _trainer(child, _job(tmp_path, "dpo", tiny, _rows("dpo", 4), reference=other))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch.keys().isdisjoint(CERTAIN)
+    theirs = DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
+    assert trainer.compute_loss(trainer.model, batch).equal(theirs)
+
+
+def _unsure(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs with other labels, weights and scores from row to row."""
+    rng = random.Random(seed)
+    return [row | {name: round(rng.random(), 3) for name in CERTAIN} for row in _rows("dpo", n, seed)]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sppo"])
+def test_labels_weights_and_scores_reach_the_loss_row_by_row(loss: str, child: Any, tiny: Path, tmp_path: Path) -> None:
+    """G-6: a trainer drops the columns that it does not know."""
+    rows, heldout = _unsure(5), _unsure(3, seed=1)
+    trainer = _trainer(child, _job(tmp_path, "dpo", tiny, rows, heldout=heldout, loss=loss))
+    read = {"sigmoid": ("label", "weight"), "sppo": ("chosen_score", "rejected_score", "weight")}[loss]
+    for given, loader in ((rows, trainer.get_train_dataloader()), (heldout, trainer.get_eval_dataloader())):
+        found = {}
+        for batch in loader:
+            texts = trainer.processing_class.batch_decode(batch["input_ids"])
+            for i in range(len(texts) // 2):
+                found[texts[i].replace("<|im_end|>", "").rstrip()] = [batch[name][i].item() for name in read]
+        for row in given:
+            said = next(text for text in found if text.endswith(f"assistant\n{row['chosen'][0]['content']}")
+                        and row["prompt"][0]["content"] in text)  # fmt: skip
+            assert found.pop(said) == pytest.approx([row[name] for name in read])
+        assert not found
+
+
+def _gradient(child: Any, job: TrainingJob) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Gradient of a run's only step, as the optimizer is given it, and the run's log."""
+    from transformers import TrainerCallback
+
+    found: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            named = kwargs["model"].named_parameters()
+            found.update({name: weight.grad.clone() for name, weight in named if weight.grad is not None})
+
+    trainer = _trainer(child, job)
+    trainer.add_callback(Look())
+    child.fit(trainer, job, None)
+    assert trainer.state.global_step == 1
+    return found, child.steps_of(trainer.state)
+
+
+def _by_the_book(job: TrainingJob, rows: list[dict[str, Any]]) -> tuple[float, dict[str, Any]]:
+    """Mean loss of the rows and its gradient, from the papers' formulas and a pass for each text by itself."""
+    import torch
+    from torch.nn.functional import log_softmax, logsigmoid
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, settings = _tokenizer(job.init_from), job.settings
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (job.init_from, job.reference)
+    )
+
+    def logp(model: Any, row: dict[str, Any], role: str) -> tuple[Any, int]:
+        before = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        said = tokenizer(row[role][0]["content"] + "<|im_end|>")["input_ids"]
+        each = log_softmax(model(torch.tensor([before + said])).logits[0, :-1], dim=-1)
+        return each[range(len(before) - 1, len(before) + len(said) - 1), said].sum(), len(said)
+
+    total = torch.tensor(0.0)
+    for row in rows:
+        ratio = {}
+        for role in ROLES:
+            with torch.no_grad():
+                anchor, _ = logp(reference, row, role)
+            ours, n_tokens = logp(policy, row, role)
+            ratio[role] = ours - anchor
+            if role == "chosen":
+                likelihood = ours / n_tokens
+        if settings.loss == "sppo":
+            aims = {role: (row[f"{role}_score"] - 0.5) / settings.beta for role in ROLES}
+            loss = 0.5 * sum((ratio[role] - aims[role]) ** 2 for role in ROLES)
+        else:
+            margin = settings.beta * (ratio["chosen"] - ratio["rejected"])
+            loss = -row["label"] * logsigmoid(margin) - (1 - row["label"]) * logsigmoid(-margin)
+        total = total + row["weight"] * (loss - settings.nll * likelihood)
+    mean = total / len(rows)
+    mean.backward()
+    return mean.item(), {name: weight.grad for name, weight in policy.named_parameters()}
+
+
+def _assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        apart = (found[name] - gradient).norm() / gradient.norm()
+        assert apart < 1e-4, name
+
+
+UNHURRIED = {"learning_rate": 1e-12, "final_learning_rate": 0, "max_grad_norm": 1e9}
+"""A step that moves nothing and cuts nothing: what is measured after it was there before it."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"nll": 0.7}, {"loss": "sppo", "beta": 0.05}, {"loss": "sppo", "nll": 0.7}],
+    ids=["sigmoid", "sigmoid, nll", "sppo", "sppo, nll"],
+)
+def test_a_steps_loss_and_gradient_are_the_papers(
+    settings: dict[str, Any], child: Any, tiny: Path, other: Path, tmp_path: Path
+) -> None:
+    """Three rows in micro batches of two and one, and the same rows held out."""
+    rows = _unsure(3)
+    job = _job(tmp_path, "dpo", tiny, rows, heldout=rows, reference=other, micro_batch_size=2, **UNHURRIED, **settings)
+    found, log = _gradient(child, job)
+    loss, expected = _by_the_book(job, rows)
+    _assert_close(found, expected)
+    assert log[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert log[1]["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    assert log[0].keys() >= {"rewards/margins", "rewards/accuracies", "logps/chosen", "entropy", "num_tokens"}
+
+
+def test_a_row_that_weighs_two_counts_as_that_row_twice(child: Any, tiny: Path, other: Path, tmp_path: Path) -> None:
+    one, another = _unsure(2)
+    sums = {}
+    for name, rows in {
+        "heavy": [one | {"weight": 2.0}, another | {"weight": 1.0}],
+        "twice": [one | {"weight": 1.0}] * 2 + [another | {"weight": 1.0}],
+    }.items():
+        job = _job(tmp_path, "dpo", tiny, rows, name=name, reference=other, nll=0.5, **UNHURRIED)
+        mean, _ = _gradient(child, job)
+        sums[name] = {parameter: gradient * len(rows) for parameter, gradient in mean.items()}
+    _assert_close(sums["heavy"], sums["twice"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "wrong", "told"),
+    [
+        ("sigmoid", {"label": None}, r"expected label to be a number from 0 to 1.*got null \(row r1\)\. Write 1"),
+        ("sigmoid", {"label": 1.2}, r"expected label .*got 1\.2 \(row r1\)"),
+        ("sigmoid", {"label": math.nan}, r"expected label .*got nan \(row r1\)"),
+        ("sigmoid", {"weight": -1.0}, r"expected weight to be a number from 0 up.*got -1\.0 \(row r1\)\. Write 1"),
+        ("sigmoid", {"weight": math.inf}, r"expected weight .*got inf \(row r1\)"),
+        ("sppo", {"chosen_score": None}, r"expected chosen_score .*got null \(row r1\).*set training\.dpo\.loss"),
+        ("sppo", {"rejected_score": 4.5}, r"expected rejected_score .*loss=sppo.*got 4\.5 \(row r1\)"),
+    ],
+)
+def test_a_number_that_the_loss_cannot_read_is_refused_with_its_row(
+    loss: str, wrong: dict[str, Any], told: str, child: Any, tiny: Path, tmp_path: Path
+) -> None:
+    rows = _unsure(2)
+    rows[1] |= wrong
+    for where in ({"rows": rows}, {"rows": _unsure(2), "heldout": rows}):
+        job = _job(tmp_path, "dpo", tiny, **where, loss=loss)
+        with pytest.raises(TrainingFailed, match=told):
+            child.load_rows(job, _tokenizer(tiny), lambda **_: None)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sppo"])
+def test_a_number_that_the_loss_does_not_read_may_be_anything(
+    loss: str, child: Any, tiny: Path, tmp_path: Path
+) -> None:
+    unread = {"sigmoid": {"chosen_score": 13 / 3, "rejected_score": None}, "sppo": {"label": None}}
+    rows = [row | unread[loss] for row in _unsure(2)]
+    result, _ = _run(child, _job(tmp_path, "dpo", tiny, rows, loss=loss))
+    assert result.steps == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
