@@ -289,10 +289,10 @@ def compare(played: Sequence[Match], engine: Engine, *, judge_name: str) -> tupl
     rubric = judgments.load_rubric("pairwise", justified=None)
     shown = {f"{order}/{match.prompt_id}": (match, order) for match in played for order in ("ab", "ba")}
     requests = [
-        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix="Better: ")
+        Request(key, messages=rubric.ask(prompt=match.prompt, **_in_order(match, order)), prefix=schemas.BETTER_LINE)
         for key, (match, order) in shown.items()
     ]
-    told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
+    told = {scores.request_id: scores for scores in engine.token_scores(requests, schemas.SHOWN)}
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for key, (match, order) in shown.items():

@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, frozen_judge, measuring, store, training
+from srlm_core import annotating, frozen_judge, judgments, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
+from srlm_core.config import DpoConfig
 from srlm_core.errors import NothingLeft
 from srlm_core.lesson import Lesson, teach
 from srlm_core.run import BASELINE, Run
@@ -43,7 +44,7 @@ def iterate(run: Run, t: int) -> None:
     parts = _parts_to_train_on(run, t, how.data, made)
     reference, init = _anchor(run, how.reference, policy), _anchor(run, how.init_from, policy)
     with annotating.meanwhile(run, policy):
-        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
+        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts, how), how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -110,6 +111,8 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
         )
     if judged is None and seen["pairs: tie"]:
         return "All responses of a prompt were worth the same: raise responses.n or responses.sampling.temperature."
+    if judged is None and seen["pairs: fewer_than_two_to_compare"]:
+        return "No prompt had two responses that ended: raise responses.n or responses.sampling.max_tokens."
     if judged is None:
         return "Where responses were cut, raise responses.sampling.max_tokens; else give other data."
     if judged == 0:
@@ -123,8 +126,9 @@ def _parts_to_train_on(run: Run, t: int, data: str, made: Mapping[str, Sequence[
     return [path for folder in earlier for path in store.parts(folder)] + [part.path for part in made["pairs"]]
 
 
-def _preferences(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    return (training.preferences(store.read_part(path)) for path in parts)
+def _preferences(parts: Sequence[Path], how: DpoConfig) -> Iterator[pa.Table]:
+    ask = None if how.labelled else judgments.load_rubric("pairwise", justified=None).ask
+    return (training.preferences(store.read_part(path), ask) for path in parts)
 
 
 def _anchor(run: Run, which: str, policy: Model) -> Model:

@@ -48,11 +48,11 @@ class Story(NamedTuple):
     """Passes that make a score."""
 
     def role(self, row_id: str) -> str | None:
-        """`chosen`, `rejected`, or None for a response or judgment that is in no pair."""
+        """`chosen`, `rejected`, `paired` where the pair has no label; None for what is in no pair."""
         for pair in self.pairs:
             for role in ("chosen", "rejected"):
                 if pair[f"{role}_id"] == row_id:
-                    return role
+                    return "paired" if pair["label"] is None else role
         return None
 
     def brought(self) -> list[tuple[str, str]]:
@@ -84,6 +84,8 @@ class Story(NamedTuple):
 
 
 def _margin(pair: Mapping[str, Any]) -> str:
+    if pair["label"] is None:
+        return "no label"
     if pair["chosen_score"] is None or pair["rejected_score"] is None:
         return "no scores"
     return f"{pair['chosen_score']:.2f} over {pair['rejected_score']:.2f}"
@@ -293,7 +295,8 @@ def _end_lines(folder: Path, story: Story) -> list[str]:
     for pair in story.pairs:
         models = trained(folder, pair["pair_id"])
         lines.append(
-            f"pair {pair['pair_id']}: {pair['chosen_id']} over {pair['rejected_id']} ({_margin(pair)}); "
+            f"pair {pair['pair_id']}: {pair['chosen_id']} {'and' if pair['label'] is None else 'over'} "
+            f"{pair['rejected_id']} ({_margin(pair)}); "
             + (f"trained {', '.join(models)}" if models else "has trained nothing yet")
         )
     return lines

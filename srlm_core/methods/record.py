@@ -119,6 +119,8 @@ class Method:
     """What iteration t begins with."""
     teaches_judging: bool = True
     """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
+    labels: bool = True
+    """Its pairs say which response is better; where False, `training.dpo.loss` must be one that finds it out."""
     refuses: Callable[[RunConfig], str | None] = lambda config: None
     """Say which settings it cannot work with, what it expected and what to do."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
