@@ -57,7 +57,7 @@ OF_THE_ITERATION = {
     "pairs/margin_mean": "… score between chosen and rejected",
     "pairs/chosen_length_tokens_mean": "… tokens of the chosen",
     "pairs/rejected_length_tokens_mean": "… tokens of the rejected",
-    "training/agreement": "in training, verdict and log-ratios agree",
+    "training/agreement": "SCIR-style training: verdict and log-ratios agree",
     "training/masked": "… pairs not learnt from",
     "training/order_flips": "… verdicts that the order decides",
     "training/generative_confidence": "… verdict's distance from 1/2",

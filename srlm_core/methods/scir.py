@@ -9,14 +9,17 @@ only people's rankings show it.
 
 import random
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from srlm_core import pairs, responses, schemas
+from srlm_core.config import RunConfig
 from srlm_core.methods import steps
-from srlm_core.methods.record import Method, Shard, Step
+from srlm_core.methods.record import Measure, Method, Shard, Step
 from srlm_core.pairs import Side
+from srlm_core.rates import rate
 from srlm_core.store import seed_for
 
 
@@ -43,6 +46,16 @@ def pair(shard: Shard) -> tuple[pa.Table, pa.Table]:
     return schemas.table(rows, schemas.PAIRS), schemas.table(drops, schemas.DROPS)
 
 
+def measures(made: Mapping[str, Iterable[pa.Table]], config: RunConfig) -> dict[str, Measure]:
+    """Say how far the two of a pair differ in length: what both rewards could agree on instead of on what is better."""
+    gaps: list[float] = []
+    for part in made["pairs"]:
+        for one, other in zip(part["chosen"].to_pylist(), part["rejected"].to_pylist(), strict=True):
+            short, long = sorted((len(one), len(other)))
+            gaps.append(1 - short / long)
+    return {"length_gap": Measure("SCIR-style: what the shorter of two lacks of the longer, share", rate(gaps))}
+
+
 METHOD = Method(
     name="scir",
     title="Self-Consistent Internal Rewards, SCIR-style",
@@ -50,6 +63,7 @@ METHOD = Method(
     given=steps.own_prompts,
     labels=False,
     refuses=steps.refuses_one_response,
+    measures=measures,
     steps=(
         steps.PROMPTS,
         steps.RESPONSES,

@@ -19,7 +19,11 @@ from srlm_core.errors import ConfigError
         ("meta_rewarding", "judgments.k=1", r"compares the judgments of one response, got judgments\.k=1"),
         ("meta_rewarding", "judgments.reading=expected", r"got judgments\.reading=expected.*meta\.trains_judge=false"),
         ("scir", "responses.n=1", r"method=scir .* got responses\.n=1"),
-        ("scir", "training.dpo.loss=sigmoid", r"method=scir leaves open .*loss=sigmoid has to be told\. Set .*loss=scir"),
+        (
+            "scir",
+            "training.dpo.loss=sigmoid",
+            r"method=scir leaves open .*loss=sigmoid has to be told\. Set .*loss=scir",
+        ),
         ("cream", "training.dpo.loss=scir", r"method=cream says which .*loss=scir finds that out.*loss=sigmoid"),
         ("scir", 'schedule=[{iteration=2, set={"training.dpo.loss"="sppo"}}]', r"from iteration 2 on: .*loss=sppo"),
         ("self_rewarding", 'schedule=[{iteration=2, set={"responses.n"=1}}]', r"from iteration 2 on: .*responses\.n=1"),

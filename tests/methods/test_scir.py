@@ -19,7 +19,9 @@ def paired(*said, seed=0, **changes):
     """Pair the responses (text, finish_reason) to one prompt; returns rows of PAIRS and the reasons of DROPS."""
     config = recipes.load("scir", "smoke", [f"seed={seed}", *(f"pairs.{name}={v}" for name, v in changes.items())])
     rows = responses([("p0", *each) for each in said])
-    twice = [row["response_id"] for i, row in enumerate(rows.to_pylist()) if row["response"] in [s[0] for s in said[:i]]]
+    twice = [
+        row["response_id"] for i, row in enumerate(rows.to_pylist()) if row["response"] in [s[0] for s in said[:i]]
+    ]
     drops = schemas.table(
         [{"id": i, "stage": "responses", "reason": "duplicate", "iteration": 1, "detail": None} for i in twice],
         schemas.DROPS,
@@ -53,7 +55,7 @@ def test_a_campaign_pairs_without_a_label_and_asks_in_both_orders(scripted):
         assert asked["asked_ba"] == list(ask(prompt=prompt, first=row["rejected"], second=row["chosen"]))
     report.write_report(folder)
     page = (folder / "report" / "report.md").read_text()
-    assert "SCIR\\-style" in page or "SCIR-style" in page
+    assert "SCIR-style: what the shorter of two lacks" in page
     assert "tokens of the chosen" not in page, "none is"
     told = show.show(folder, rows[0]["prompt_id"])
     assert "(no label); trained M2" in told
@@ -96,3 +98,12 @@ def test_the_two_that_are_left_are_drawn():
     assert reasons == []
     assert {rows[0]["chosen"], rows[0]["rejected"]} == {"one", "two"}
     assert rows[0]["pair_id"] == pairs.digest(rows[0]["chosen_id"], rows[0]["rejected_id"], 1, "response")
+
+
+def test_how_far_two_differ_in_length_is_measured():
+    """Of 8 and 2 characters the shorter lacks 6 / 8; of 4 and 4 none."""
+    rows = [paired((one, "stop"), (other, "stop"))[0][0] for one, other in (("8 of 8 !", "2!"), ("four", "4444"))]
+    rows[1]["pair_id"] = "another"
+    table = schemas.table(rows, schemas.PAIRS)
+    told = scir.measures({"pairs": [table]}, recipes.load("scir", "smoke"))
+    assert told["length_gap"].rate.value == pytest.approx((6 / 8 + 0) / 2)
