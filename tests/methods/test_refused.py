@@ -22,7 +22,7 @@ from srlm_core.errors import ConfigError
         (
             "scir",
             "training.dpo.loss=sigmoid",
-            r"method=scir leaves open .*loss=sigmoid has to be told\. Set .*loss=scir",
+            r"method=scir leaves open .*loss=sigmoid has to be told\. Set",
         ),
         ("cream", "training.dpo.loss=scir", r"method=cream says which .*loss=scir finds that out.*loss=sigmoid"),
         ("scir", 'schedule=[{iteration=2, set={"training.dpo.loss"="sppo"}}]', r"from iteration 2 on: .*loss=sppo"),

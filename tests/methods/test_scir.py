@@ -19,9 +19,8 @@ def paired(*said, seed=0, **changes):
     """Pair the responses (text, finish_reason) to one prompt; returns rows of PAIRS and the reasons of DROPS."""
     config = recipes.load("scir", "smoke", [f"seed={seed}", *(f"pairs.{name}={v}" for name, v in changes.items())])
     rows = responses([("p0", *each) for each in said])
-    twice = [
-        row["response_id"] for i, row in enumerate(rows.to_pylist()) if row["response"] in [s[0] for s in said[:i]]
-    ]
+    texts = [text for text, _ in said]
+    twice = [f"r{i}" for i, text in enumerate(texts) if text in texts[:i]]
     drops = schemas.table(
         [{"id": i, "stage": "responses", "reason": "duplicate", "iteration": 1, "detail": None} for i in twice],
         schemas.DROPS,
