@@ -1,6 +1,6 @@
 """The losses of a pair against plain DPO: the same model, pairs and batches, trained in turn step by step.
 
-Four trainers share one model and its optimizer, and each batch goes through every one of them before the next: between
+All trainers share one model and its optimizer, and each batch goes through every one of them before the next: between
 whole trainings a machine can change its pace by more than any loss costs. What is held together is each single step.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from benchmarks import training
 from benchmarks.sides import Comparison, say, stopwatch
 from benchmarks.workload import small_model
-from srlm_core import store
+from srlm_core import judgments, schemas, store
 from srlm_core.config import DpoConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.training_job import TrainingJob
@@ -29,7 +29,7 @@ class Size(NamedTuple):
     max_length: int
 
 
-SIZES = {"cpu": Size(8, 2, 512), "gpu": Size(128, 8, 1024)}
+SIZES = {"cpu": Size(12, 2, 512), "gpu": Size(128, 8, 1024)}
 
 
 class Took(NamedTuple):
@@ -45,6 +45,10 @@ class Side(NamedTuple):
     name: str
     settings: dict[str, Any]
     numbers: dict[str, float]
+    aim: float = 1.05
+    """Most that a step may take, plain DPO's being 1."""
+    asks: bool = False
+    """Whether the model is asked which response is better."""
 
 
 PLAIN = Side("DPO", {}, {})
@@ -52,16 +56,21 @@ OTHERS = (
     Side("soft labels (CREAM)", {}, {"label": 5 / 6}),
     Side("SPPO", {"loss": "sppo", "beta": 1e-3}, {"chosen_score": 0.75, "rejected_score": 0.25}),
     Side("DPO + NLL (IRPO)", {"nll": 1.0}, {}),
+    # Two questions a pair, each with the rubric and both responses: what it costs is a matter of lengths. Rows must not
+    # be left out for that, or the sides would differ
+    Side("SCIR-style", {"loss": "scir", "max_length": 4096}, {}, aim=4.0, asks=True),
 )
 
 
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Train on all batches in each round."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the training child has it
-    made = [Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", 1.05) for side in OTHERS]
+    made = [Comparison(f"a step of {side.name}", side.name, PLAIN.name, "s", "at most", side.aim) for side in OTHERS]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {side.name: open_trainer(side, size, Path(folder)) for side in (PLAIN, *OTHERS)}
         share(trainers)
+        for side, comparison in zip(OTHERS, made, strict=True):
+            comparison.also["tokens of a step"] = [tokens(trainers[name]) for name in (side.name, PLAIN.name)]
         for r in range(rounds):
             for took in side_by_side(trainers, r):
                 say(f"losses: round {r + 1}/{rounds}: {took}")
@@ -85,6 +94,7 @@ def share(trainers: dict[str, Any]) -> None:
     for trainer in trainers.values():
         trainer.model = trainer.model_wrapped = plain.model
         trainer.optimizer = plain.optimizer
+        trainer.sampler = plain.sampler  # by its lengths, where a side has longer rows of its own
     step(plain, next(iter(plain.get_train_dataloader())))
 
 
@@ -96,6 +106,20 @@ def side_by_side(trainers: dict[str, Any], r: int) -> Iterator[dict[str, Took]]:
         of_side = dict(zip(names, batches, strict=True))
         first = (r + i) % len(names)
         yield {name: step(trainers[name], of_side[name]) for name in names[first:] + names[:first]}
+
+
+def tokens(trainer: Any) -> float:
+    """Mean tokens that a step's texts have, stretches that rows share counted once."""
+    from srlm_core.engines.packed import tree
+
+    counts: list[int] = []
+    for batch in trainer.get_train_dataloader():
+        for name in ("input", "question"):
+            if f"{name}_ids" in batch:
+                lengths = batch["attention_mask" if name == "input" else "question_mask"].sum(1).tolist()
+                ids = batch[f"{name}_ids"].tolist()
+                counts.append(sum(len(s.ids) for s in tree([r[:n] for r, n in zip(ids, lengths, strict=True)])))
+    return round(sum(counts) / len(trainer.get_train_dataloader()), 1)
 
 
 def step(trainer: Any, batch: Any) -> Took:
@@ -121,9 +145,8 @@ def open_trainer(side: Side, size: Size, folder: Path) -> Any:
     torch.set_num_threads(len(hardware.cores()))
     work = folder / side.name
     store.write_part(work / "rows.parquet", pairs(side, size), "benchmark")
-    settings = DpoConfig(
-        batch_size=size.batch, micro_batch_size=size.batch, max_length=size.max_length, **side.settings
-    )
+    given: dict[str, Any] = {"max_length": size.max_length, **side.settings}
+    settings = DpoConfig(batch_size=size.batch, micro_batch_size=size.batch, **given)
     job = TrainingJob(
         kind="dpo", rows=work / "rows.parquet", init_from=small_model(), output=work / "model", work_dir=work,
         threads=len(hardware.cores()), settings=settings,
@@ -138,4 +161,15 @@ def pairs(side: Side, size: Size) -> pa.Table:
     table = training.lessons("dpo", training.Size(0, size.pairs, size.batch, size.batch, size.max_length))
     for name, value in side.numbers.items():
         table = table.set_column(table.schema.get_field_index(name), name, pa.repeat(value, table.num_rows))
-    return table
+    return asked(table) if side.asks else table
+
+
+def asked(table: pa.Table) -> pa.Table:
+    """Put the question beside each pair, in both orders."""
+    ask = judgments.load_rubric("pairwise", justified=None).ask
+    rows = table.to_pylist()
+    for row in rows:
+        prompt, chosen, rejected = (row[name][-1]["content"] for name in ("prompt", "chosen", "rejected"))
+        row["asked_ab"] = list(ask(prompt=prompt, first=chosen, second=rejected))
+        row["asked_ba"] = list(ask(prompt=prompt, first=rejected, second=chosen))
+    return schemas.table(rows, schemas.PREFERENCES)

@@ -142,6 +142,7 @@ def _preferences(groups: list[dict[str, Any]], size: Size) -> Any:
             name: [{"role": "assistant", "content": text}] for name, text in (("chosen", best), ("rejected", worst))
         }
         sure = {"chosen_score": None, "rejected_score": None, "label": 1.0, "weight": 1.0}
+        sure |= {"asked_ab": None, "asked_ba": None}
         asked = {"id": store.digest(group["prompt"]), "prompt": [{"role": "user", "content": group["prompt"]}]}
         rows.append({**asked, **said, **sure})
     return schemas.table(rows, schemas.PREFERENCES)

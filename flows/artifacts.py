@@ -165,7 +165,7 @@ def pair_samples(publish: Publisher, campaign: Campaign, t: int) -> None:
             "prompt": _cut(schemas.prompt_text(row["messages"])),
             "chosen": _cut(row["chosen"]), "chosen score": _short(row["chosen_score"]),
             "rejected": _cut(row["rejected"]), "rejected score": _short(row["rejected_score"]),
-            "pair": row["pair_id"],
+            "label": _short(row["label"]), "pair": row["pair_id"],
         }
         for path in store.parts(campaign.iteration(t) / "pairs")[:1]
         for row in store.read_part(path).slice(0, SAMPLES).to_pylist()

@@ -19,8 +19,6 @@ from srlm_core.engines.protocol import Engine, Message, Request, Sampling
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
-VERDICT = "Better: "
-"""How the line begins that names the better response."""
 ORDERS = 2
 """Passes over each two responses."""
 
@@ -82,8 +80,10 @@ def compare(
         for key, (match, order) in shown.items()
     }
     before = _explain(asked, engine, explained, seed) if explained else dict.fromkeys(asked, "")
-    requests = [Request(key, messages=asked[key], prefix=f"{text}{VERDICT}") for key, text in before.items()]
-    told = {scores.request_id: scores for scores in engine.token_scores(requests, ("A", "B"))}
+    requests = [
+        Request(key, messages=asked[key], prefix=f"{text}{schemas.BETTER_LINE}") for key, text in before.items()
+    ]
+    told = {scores.request_id: scores for scores in engine.token_scores(requests, schemas.SHOWN)}
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for key, (match, order) in shown.items():
@@ -101,7 +101,7 @@ def compare(
 
 def _explain(asked: Mapping[str, tuple[Message, ...]], engine: Engine, how: Sampling, seed: int) -> dict[str, str]:
     """Write an explanation of each, up to its verdict; what does not fit the context has none."""
-    how = replace(how, stop=(VERDICT.strip(),))
+    how = replace(how, stop=(schemas.BETTER_LINE.strip(),))
     requests = [Request(key, messages=messages, sampling=how, seed=seed_for(seed, "explain", messages[-1]["content"]))
                 for key, messages in asked.items()]  # fmt: skip
     told = {done.request_id: done for done in engine.generate(requests)}
@@ -126,7 +126,7 @@ def _row(match: Match, order: str, p_first: float, judge: str, rubric: str, iter
         "reading": "expected",
         "judge": judge,
         "rubric": rubric,
-        "text": f"{VERDICT}A:{p_first:.3f} B:{1 - p_first:.3f}",
+        "text": f"{schemas.BETTER_LINE}A:{p_first:.3f} B:{1 - p_first:.3f}",
         "verdict": p_first,
         "unreadable_reason": None,
         "finish_reason": "stop",

@@ -362,6 +362,25 @@ class SftConfig(OptimizerConfig):
     final_learning_rate: float = Field(default=1.1e-6, ge=0)
 
 
+class ScirConfig(Settings):
+    """Learning from what a model's two rewards agree on, SCIR-style; for `training.dpo.loss = scir`.
+
+    The idea is that of arXiv:2502.08922, whose equations and settings are not known to us: all of these are ours.
+    """
+
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the consistency term beside DPO's loss."""
+    gamma: float = Field(default=0.1, ge=0)
+    """Weight of the two rewards' entropies inside it: larger asks for more confidence."""
+    delta: float = Field(default=0.0, ge=0, lt=0.5)
+    """How far from 1/2 both probabilities must be for a pair to be learnt from. 0 = any way."""
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps at first in which the verdict alone says which response is better: where the reference is
+    what training starts from, the log-ratios say nothing at step 0 but rounding."""
+    stop_gradient: Literal["none", "generative", "implicit"] = "none"
+    """Which reward the consistency term leaves as it is, so that the other one alone comes nearer."""
+
+
 class DpoConfig(OptimizerConfig):
     """Direct preference optimisation (section 3.1.3; arXiv:2305.18290)."""
 
@@ -369,10 +388,13 @@ class DpoConfig(OptimizerConfig):
     final_learning_rate: float = Field(default=1e-7, ge=0)
     beta: float = Field(default=0.1, gt=0)
     """Pull towards the reference (section 3.1.3: 0.1)."""
-    loss: Literal["sigmoid", "sppo"] = "sigmoid"
+    loss: Literal["sigmoid", "sppo", "scir"] = "sigmoid"
     """What a pair costs. `sigmoid`: DPO by the pair's label, a hard one (the paper; arXiv:2305.18290 section 4) or a
     soft one (CREAM, arXiv:2410.12735). `sppo`: squared distance of each response's log-ratio from (its score - 1/2) /
-    beta (arXiv:2405.00675 section 4; beta 0.001 there), where a score is a probability of winning."""
+    beta (arXiv:2405.00675 section 4; beta 0.001 there), where a score is a probability of winning. `scir`: for pairs
+    that nobody labelled, SCIR-style (ours, after the idea of arXiv:2502.08922)."""
+    scir: ScirConfig = ScirConfig()
+    """For loss `scir`."""
     nll: float = Field(default=0.0, ge=0)
     """Weight of the chosen response's negative log-likelihood, nats per token of its own, beside the loss
     (arXiv:2404.19733 section 2: 1). 0 = none (the paper)."""
@@ -394,6 +416,21 @@ class DpoConfig(OptimizerConfig):
                 f"training.dpo.replay={self.replay} adds earlier pairs to the latest, and "
                 f"training.dpo.data={self.data!r} has them all. Set one of the two."
             )
+        return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the loss is told which response of a pair is better; else it asks the model."""
+        return self.loss != "scir"
+
+    @model_validator(mode="after")
+    def _without_labels_none_is_chosen(self) -> "DpoConfig":
+        for name in ("nll", "heldout_share"):
+            if not self.labelled and getattr(self, name):
+                raise ValueError(
+                    f"training.dpo.loss={self.loss} is for pairs of which nobody said which response is better, and "
+                    f"training.dpo.{name}={getattr(self, name)} has to know. Set {name}=0, or another loss."
+                )
         return self
 
 

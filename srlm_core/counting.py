@@ -115,7 +115,7 @@ _COLUMNS = {
     "prompts": ("prompt_id",),
     "responses": ("response_id", "response", "n_tokens", "finish_reason"),
     "judgments": ("target_id", "index", "form", "verdict", "unreadable_reason"),
-    "pairs": ("prompt_id", "kind", "chosen_id", "rejected_id", "chosen_score", "rejected_score"),
+    "pairs": ("prompt_id", "kind", "chosen_id", "rejected_id", "chosen_score", "rejected_score", "label"),
 }
 
 
@@ -174,7 +174,7 @@ def _count_pairs(counts: IterationCounts, rows: pa.Table, lengths: Mapping[str, 
     counts.pairs += len(of_responses)
     counts.judgment_pairs += len(found) - len(of_responses)
     counts.paired_prompts += len({row["prompt_id"] for row in of_responses})
-    for row in of_responses:
+    for row in (row for row in of_responses if row["label"] is not None):  # else none is chosen
         if row["chosen_score"] is not None and row["rejected_score"] is not None:
             counts.margin.add(row["chosen_score"] - row["rejected_score"])
         for side, tally in (("chosen_id", counts.chosen_tokens), ("rejected_id", counts.rejected_tokens)):

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, counting, frozen_judge, measuring, store, training
+from srlm_core import annotating, counting, frozen_judge, judgments, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
+from srlm_core.config import DpoConfig
 from srlm_core.errors import NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
@@ -44,7 +45,7 @@ def iterate(run: Run, t: int) -> None:
     parts = [*_replayed(run, t, how.replay), *_parts_to_train_on(run, t, how.data, made)]
     reference, init = _anchor(run, how.reference, t), _anchor(run, how.init_from, t)
     with annotating.meanwhile(run, policy):
-        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts), how, init, reference, folder))
+        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts, how), how, init, reference, folder))
     run.tell("iteration", t=t)
 
 
@@ -113,6 +114,8 @@ def _remedy(counts: Mapping[str, int], seen: Counter[str]) -> str:
         )
     if judged is None and seen["pairs: tie"]:
         return "All responses of a prompt were worth the same: raise responses.n or responses.sampling.temperature."
+    if judged is None and seen["pairs: fewer_than_two_to_compare"]:
+        return "No prompt had two responses that ended: raise responses.n or responses.sampling.max_tokens."
     if judged is None:
         return "Where responses were cut, raise responses.sampling.max_tokens; else give other data."
     if judged == 0:
@@ -172,12 +175,13 @@ def _cannot_replay(path: Path, why: str) -> StoreError:
     )
 
 
-def _preferences(parts: Sequence[_Part]) -> Iterator[pa.Table]:
+def _preferences(parts: Sequence[_Part], how: DpoConfig) -> Iterator[pa.Table]:
+    ask = None if how.labelled else judgments.load_rubric("pairwise", justified=None).ask
     for path, only in parts:
         pairs = store.read_part(path)
         if only is not None:
             pairs = pairs.filter(pa.array([pair_id in only for pair_id in pairs["pair_id"].to_pylist()], pa.bool_()))
-        yield training.preferences(pairs)
+        yield training.preferences(pairs, ask)
 
 
 def _anchor(run: Run, which: str, t: int) -> Model:

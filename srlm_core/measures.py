@@ -57,6 +57,13 @@ OF_THE_ITERATION = {
     "pairs/margin_mean": "… score between chosen and rejected",
     "pairs/chosen_length_tokens_mean": "… tokens of the chosen",
     "pairs/rejected_length_tokens_mean": "… tokens of the rejected",
+    "training/agreement": "SCIR-style training: verdict and log-ratios agree",
+    "training/masked": "… pairs not learnt from",
+    "training/order_flips": "… verdicts that the order decides",
+    "training/generative_confidence": "… verdict's distance from 1/2",
+    "training/implicit_confidence": "… log-ratios' distance from 1/2",
+    "training/divergence": "… divergence of the two, nats",
+    "training/entropy_of_rewards": "… entropy of the two, nats",
 }
 OF_THE_SUITES = {
     "alpaca_eval_win_rate": "AlpacaEval 2, win rate",

@@ -57,11 +57,11 @@ def row(
     *,
     iteration: int,
     kind: str = "response",
-    label: float = 1.0,
+    label: float | None = 1.0,
 ) -> dict[str, Any]:
     """Lay out a pair of responses to a prompt, or of judgments where `messages` asks for one; a row of PAIRS.
 
-    `label`: the probability that chosen is the better one.
+    `label`: the probability that chosen is the better one; null where nobody said, and the two are in any order.
     """
     return {
         "pair_id": digest(chosen.response_id, rejected.response_id, iteration, kind),

@@ -115,9 +115,12 @@ def plan(
     instructed, judged = seed_rows["ift"] * 120, seed_rows["eft"] * (RUBRIC_TOKENS + 120)
     teaches_judging = METHODS[config.method].teaches_judging
     sft = epochs * (2 * instructed + judged if teaches_judging else instructed)
-    dpo = its * config.training.dpo.epochs * target * paired * 2 * (ASSUMED_PROMPT_TOKENS + answer)
+    asks = not config.training.dpo.labelled
+    asked_of_pair = 2 * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + 2 * answer) if asks else 0
+    pair = 2 * (ASSUMED_PROMPT_TOKENS + answer) + asked_of_pair
+    dpo = its * config.training.dpo.epochs * target * paired * pair
     sfts = "SFT twice (baseline, M1)" if teaches_judging else "SFT once"
-    how = f"{sfts} + DPO on {paired:.0%} of the prompts, both sides"
+    how = f"{sfts} + DPO on {paired:.0%} of the prompts, both sides{', compared in both orders' if asks else ''}"
     lines.append(Line("tokens trained on", sft + dpo, "tokens", how))
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 

@@ -296,9 +296,11 @@ def training_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
         (group, column, title, level)
         for group, column, title, level in (
             (sft, "loss", "supervised loss", None),
-            (dpo, "loss", "DPO loss (ln 2 = no preference)", 0.6931),
+            (dpo, "loss", "loss of pairs (in DPO ln 2 = no preference)", 0.6931),
             (dpo, "rewards/accuracies", "chosen preferred, share", 0.5),
             (dpo, "rewards/margins", "reward margin", 0.0),
+            (dpo, "scir/agreement", "verdict and log-ratios agree, share", 0.5),
+            (dpo, "scir/order_flips", "verdicts that the order decides, share", None),
         )
         if any(row.get(column) is not None for rows in group.values() for row in rows)
     ]

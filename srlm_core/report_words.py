@@ -174,7 +174,8 @@ def _longer_or_better(found: Summary, matches: Matches, by_length: Matches) -> l
         if _only_the_order_told(matches[last, other]):
             continue
         split = by_length[last, other]
-        longer, rest = (Measured(**split[name]) if split[name]["n"] else None for name in ("longer", "not_longer"))
+        both = (split[name] for name in ("longer", "not_longer"))
+        longer, rest = (Measured(**told) if told["n"] > 1 else None for told in both)  # one match has no error
         if longer and rest:
             return [
                 f"{text}; against {other} it scores {longer} where its answer is the longer one and {rest} where it is "

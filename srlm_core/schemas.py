@@ -7,6 +7,8 @@ import pyarrow as pa
 
 SCORE_LINE = "Score: "
 """How the line begins that ends a judgment, and holds its score."""
+BETTER_LINE, SHOWN = "Better: ", ("A", "B")
+"""How the answer begins when two responses are compared, and what follows: the one shown first, or the second."""
 
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)]))
 
@@ -115,10 +117,13 @@ PREFERENCES = pa.schema(
         pa.field("rejected_score", pa.float64()),
         pa.field("label", pa.float64()),
         _required("weight", pa.float64()),
+        pa.field("asked_ab", MESSAGES),
+        pa.field("asked_ba", MESSAGES),
     ]
 )
-"""Rows of DPO, as the trainer reads them. `label` is the probability that chosen is the better response, 1 = certain;
-`weight` scales a row's loss. `training.dpo.loss` says whether label or scores count."""
+"""Rows of DPO, as the trainer reads them. `label` is the probability that chosen is the better response, 1 = certain,
+null where nobody said; `weight` scales a row's loss; `asked_ab` asks which of the two is better, chosen shown first,
+`asked_ba` with rejected shown first, null unless the loss asks. `training.dpo.loss` says which of these count."""
 
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": PROMPTS,

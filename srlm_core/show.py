@@ -48,9 +48,10 @@ class Story(NamedTuple):
     """Passes that make a score."""
 
     def role(self, row_id: str) -> str | None:
-        """`chosen`, `rejected`, both, or None for a response or judgment that is in no pair."""
-        roles = [role for role in ("chosen", "rejected") if any(pair[f"{role}_id"] == row_id for pair in self.pairs)]
-        return " and ".join(roles) or None
+        """`chosen`, `rejected`, both, `paired` where the pair has no label, or None for what is in no pair."""
+        sides = ((role, pair) for pair in self.pairs for role in ("chosen", "rejected") if pair[f"{role}_id"] == row_id)
+        roles = {"paired" if pair["label"] is None else role for role, pair in sides}
+        return " and ".join(sorted(roles)) or None
 
     def brought(self) -> list[tuple[str, str]]:
         """List (role, text) of the sides of a pair that no model sampled here, such as people's answers."""
@@ -87,6 +88,8 @@ def length(response: Mapping[str, Any]) -> str:
 
 
 def _margin(pair: Mapping[str, Any]) -> str:
+    if pair["label"] is None:
+        return "no label"
     if pair["chosen_score"] is None or pair["rejected_score"] is None:
         return "no scores"
     return f"{pair['chosen_score']:.2f} over {pair['rejected_score']:.2f}"
@@ -296,7 +299,8 @@ def _end_lines(folder: Path, story: Story) -> list[str]:
     for pair in story.pairs:
         models = trained(folder, pair["pair_id"])
         lines.append(
-            f"pair {pair['pair_id']}: {pair['chosen_id']} over {pair['rejected_id']} ({_margin(pair)}); "
+            f"pair {pair['pair_id']}: {pair['chosen_id']} {'and' if pair['label'] is None else 'over'} "
+            f"{pair['rejected_id']} ({_margin(pair)}); "
             + (f"trained {', '.join(models)}" if models else "has trained nothing yet")
         )
     return lines

@@ -165,8 +165,15 @@ _TRAINING = {
     "logps_rejected": "logps/rejected",
     "heldout_loss": "eval_loss",
     "heldout_rewards_accuracy": "eval_rewards/accuracies",
+    "agreement": "scir/agreement",
+    "masked": "scir/masked",
+    "order_flips": "scir/order_flips",
+    "generative_confidence": "scir/generative_confidence",
+    "implicit_confidence": "scir/implicit_confidence",
+    "divergence": "scir/divergence",
+    "entropy_of_rewards": "scir/entropy",
 }
-"""Our names for what TRL logs."""
+"""Our names for what TRL logs, and our losses (engines/losses.py)."""
 
 
 def _rows_of(path: Path) -> float | None:

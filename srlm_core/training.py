@@ -4,7 +4,7 @@ This module lays out the rows; the trainer behind the engine seam does the steps
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -67,17 +67,27 @@ def eft_examples(
     )
 
 
-def preferences(pairs: pa.Table) -> pa.Table:
+def preferences(pairs: pa.Table, ask: Callable[..., Sequence[Message]] | None = None) -> pa.Table:
     """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES.
 
-    A pair's label, weight and scores go along: how far the loss trusts it.
+    A pair's label, weight and scores go along: how far the loss trusts it. `ask` renders the question which of two
+    responses to a prompt is better (keywords prompt, first, second), for a loss that puts it to the model.
     """
     columns = {
         "id": pairs["pair_id"], "prompt": pairs["messages"],
         "chosen": _assistant_turns(pairs["chosen"]), "rejected": _assistant_turns(pairs["rejected"]),
         **{name: pairs[name] for name in ("chosen_score", "rejected_score", "label", "weight")},
+        "asked_ab": _asked(pairs, ask, "chosen", "rejected"), "asked_ba": _asked(pairs, ask, "rejected", "chosen"),
     }  # fmt: skip
     return schemas.conform(pa.table(columns), schemas.PREFERENCES)
+
+
+def _asked(pairs: pa.Table, ask: Callable[..., Sequence[Message]] | None, first: str, second: str) -> pa.Array:
+    if ask is None:
+        return pa.nulls(pairs.num_rows, schemas.MESSAGES)
+    shown = zip(*(pairs[name].to_pylist() for name in ("messages", first, second)), strict=True)
+    asked = [list(ask(prompt=schemas.conversation(messages), first=a, second=b)) for messages, a, b in shown]
+    return pa.array(asked, schemas.MESSAGES)
 
 
 def _assistant_turns(texts: pa.ChunkedArray) -> pa.Array:

@@ -35,6 +35,13 @@ def test_requests_and_tokens_by_hand():
     assert lines["tokens trained on"] == (2 * 10 * 120 + 20 * 300) + 60 * 0.6 * 2 * 160
 
 
+def test_a_loss_that_asks_the_model_reads_the_questions_too():
+    """A pair's two responses, and two questions of rubric, prompt and both: 2 x 160 + 2 x (180 + 60 + 2 x 100)."""
+    dpo = CONFIG.training.dpo.model_copy(update={"loss": "scir"})
+    config = CONFIG.model_copy(update={"method": "scir", "training": CONFIG.training.model_copy(update={"dpo": dpo})})
+    assert planned(config)["tokens trained on"] == (2 * 10 * 120 + 20 * 300) + 60 * (320 + 880)
+
+
 def test_a_method_without_a_judge_asks_for_less():
     lines = planned(
         CONFIG.model_copy(update={"method": "spin", "responses": CONFIG.responses.model_copy(update={"n": 1})})

@@ -4,13 +4,15 @@ A row's log-probabilities are sums over the tokens of its responses, nats; all t
 A ratio is log p under the policy less log p under the reference.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from srlm_core.config import DpoConfig
+from srlm_core.config import DpoConfig, ScirConfig
 
 
 class LogProbs(NamedTuple):
@@ -49,6 +51,77 @@ def nll(logprob: Tensor, n_tokens: Tensor) -> Tensor:
     return -logprob / n_tokens
 
 
+class Verdicts(NamedTuple):
+    """What the policy says when it is asked which of two responses is better: log-odds, nats, of the chosen one."""
+
+    shown_first: Tensor
+    """Where chosen is shown first."""
+    shown_second: Tensor
+
+
+class _Coin(NamedTuple):
+    """The probability p that chosen is the better response, as log p and log (1 - p): exact near 0 and 1."""
+
+    heads: Tensor
+    tails: Tensor
+
+    @classmethod
+    def of(cls, *log_odds: Tensor) -> "_Coin":
+        """Take the mean of the probabilities, not of the log-odds."""
+        of_each = torch.stack(log_odds)
+        return cls(*(torch.logsumexp(logsigmoid(sign * of_each), 0) - math.log(len(log_odds)) for sign in (1, -1)))
+
+    @property
+    def log_odds(self) -> Tensor:
+        return self.heads - self.tails
+
+    @property
+    def confidence(self) -> Tensor:
+        """|p - 1/2|."""
+        return torch.tanh(self.log_odds.abs() / 2) / 2
+
+    @property
+    def entropy(self) -> Tensor:
+        return -(self.heads.exp() * self.heads + self.tails.exp() * self.tails)
+
+    def held(self) -> "_Coin":
+        return _Coin(self.heads.detach(), self.tails.detach())
+
+
+def scir(
+    ratios: LogProbs, verdicts: Verdicts, how: ScirConfig, *, beta: float, warming_up: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """SCIR-style loss of pairs that nobody labelled, and what it saw in them (metric to one number a row).
+
+    Ours throughout: the idea is that of arXiv:2502.08922, whose equations are not known to us. A policy has two
+    opinions on whether chosen is the better response, both probabilities: implicit, sigmoid(beta x difference of the
+    ratios), and generative, the mean of its verdicts over both orders. Where they are on one side of 1/2, each by
+    `delta` at least (while `warming_up`: wherever the verdict is), that side's response is the better one in DPO's
+    loss. Beside it, in every row, alpha x (half of both Kullback-Leibler divergences + gamma x half of both entropies).
+
+    Which response stands as chosen makes no difference. No gradient goes through the choice of the better response.
+    """
+    margin = beta * (ratios.chosen - ratios.rejected)
+    implicit, generative = _Coin.of(margin), _Coin.of(*verdicts)
+    with torch.no_grad():
+        side = generative.log_odds.sign()
+        agrees = side * implicit.log_odds.sign() > 0
+        sure = (side != 0) & (generative.confidence >= how.delta)
+        learnt = sure if warming_up else sure & agrees & (implicit.confidence >= how.delta)
+    p = generative.held() if how.stop_gradient == "generative" else generative
+    q = implicit.held() if how.stop_gradient == "implicit" else implicit
+    # KL(p|q) + KL(q|p) of two coins, without a logarithm of a ratio
+    divergence = (p.heads.exp() - q.heads.exp()) * (p.log_odds - q.log_odds) / 2
+    entropy = (p.entropy + q.entropy) / 2
+    loss = learnt * -logsigmoid(side * margin) + how.alpha * (divergence + how.gamma * entropy)
+    seen = {
+        "agreement": agrees, "masked": ~learnt, "order_flips": verdicts.shown_first * verdicts.shown_second < 0,
+        "generative_confidence": generative.confidence, "implicit_confidence": implicit.confidence,
+        "divergence": divergence, "entropy": entropy,
+    }  # fmt: skip
+    return loss, {name: value.detach().to(loss.dtype) for name, value in seen.items()}
+
+
 class Loss(NamedTuple):
     """A loss of pairs, and the numbers of a row that it asks for besides beta, in its order."""
 
@@ -64,13 +137,13 @@ LOSSES: dict[str, Loss] = {
 
 def reads(settings: DpoConfig) -> tuple[str, ...]:
     """Name the numbers that must stand beside each pair."""
-    return ("weight", *LOSSES[settings.loss].reads)
+    return ("weight", *LOSSES[settings.loss].reads) if settings.labelled else ("weight",)
 
 
 def of_rows(
     policy: LogProbs, reference: LogProbs, chosen_tokens: Tensor, given: Mapping[str, Tensor], settings: DpoConfig
 ) -> Tensor:
-    """Loss of each row: weight x (loss of the pair + nll x that of its chosen response).
+    """Loss of each row, labelled: weight x (loss of the pair + nll x that of its chosen response).
 
     `given` holds what `reads` names. A step takes the mean over its rows, not over their weights.
     """

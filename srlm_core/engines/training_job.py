@@ -37,7 +37,8 @@ class TrainingJob(Settings):
     kind: Literal["sft", "dpo"]
     rows: Path
     """Parquet. sft: id, prompt, completion; dpo: id, prompt, chosen, rejected; all but id lists of {role, content}.
-    dpo also: label and weight, chosen_score and rejected_score (engines/losses.py), null where the loss reads none."""
+    dpo also: label and weight, chosen_score and rejected_score (engines/losses.py), null where the loss reads none;
+    loss `scir` also: asked_ab and asked_ba, messages that ask which response is better, chosen or rejected first."""
     heldout: Path | None = None
     """Rows that choose among checkpoints, same columns; null = no early stopping."""
     init_from: Path
@@ -60,6 +61,8 @@ class TrainingJob(Settings):
             raise ValueError(f"a job of kind {self.kind!r} came with {type(self.settings).__name__}.")
         if self.kind == "sft" and self.reference is not None:
             raise ValueError("reference is for jobs of kind 'dpo': supervised fine-tuning has no reference model.")
+        if isinstance(self.settings, DpoConfig) and not self.settings.labelled and self.heldout is not None:
+            raise ValueError(f"heldout rows check by which response is better, and loss={self.settings.loss} has none.")
         return self
 
 

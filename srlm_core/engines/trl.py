@@ -18,12 +18,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srlm_core import schemas
 from srlm_core.config import DpoConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.child import channel_to_parent
+from srlm_core.engines.rendering import Asked, Renderer
 from srlm_core.engines.training_job import DroppedRow, TrainingJob, TrainingResult
 from srlm_core.errors import SrlmError, TrainingFailed
 
@@ -62,6 +65,15 @@ trl.trainer.dpo_trainer.hash_module = lambda module: ""  # pyright: ignore[repor
 
 _COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected")}
 _NUMBERS = {"sft": (), "dpo": ("label", "weight", "chosen_score", "rejected_score")}
+_QUESTIONS = ("asked_ab", "asked_ba")
+"""Which of the two is better, chosen shown first and rejected shown first; for a loss that asks the model."""
+_ASKED = ("question_ids", "question_mask", "question_choices")
+"""The same in a batch: [2B, Q] token ids, padded on the right, all of `asked_ab` first; [2B, Q]; [2B, 2] token ids."""
+_OF_LABELS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+)  # fmt: skip
+"""TRL's metrics that say nothing where nobody knows which response is the better one."""
 _EXPECTED = {
     "label": ("a number from 0 to 1, the probability that chosen is better", "Write 1 for a pair that is certain."),
     "weight": ("a number from 0 up, how much the row counts", "Write 1 for a row like any other."),
@@ -88,11 +100,15 @@ class Tokenized(NamedTuple):
     completions: tuple[list[int], ...]
     numbers: dict[str, float | None]
     """What stands beside the texts: label, weight and scores of a pair."""
+    questions: tuple[Asked, ...] = ()
+    """What the loss asks the model of a pair, in both orders, up to where it would say `A` or `B`; and those tokens."""
 
     @property
     def n_tokens(self) -> int:
         """Length of the longest sequence that training would see."""
-        return len(self.prompt) + max(map(len, self.completions))
+        return max(
+            len(self.prompt) + max(map(len, self.completions)), *(len(asked.prompt) for asked in self.questions), 0
+        )
 
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -105,6 +121,7 @@ def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
                 f"training ({kind}): expected the columns {', '.join(columns)} in {path}, got {', '.join(found)}; "
                 f"missing: {', '.join(missing)}. Make the rows again."
             )
+        columns += [column for column in _QUESTIONS if column in found]
         rows = pq.read_table(path, columns=columns).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise TrainingFailed(
@@ -158,6 +175,16 @@ def tokenize(row: dict[str, Any], kind: str, tokenizer: Any, ends: set[int]) -> 
     return Tokenized(row["id"], _ids(tokenizer, prompt), tuple(completions), numbers)
 
 
+def questions(row: dict[str, Any], renderer: Renderer) -> tuple[Asked, ...]:
+    """Render what the loss asks of a pair, as an engine does; raises TrainingFailed where there is no question."""
+    if missing := [name for name in _QUESTIONS if not row.get(name)]:
+        raise TrainingFailed(
+            f"training (dpo): expected {missing[0]} to ask which response is better, as loss=scir puts it to the "
+            f"model, got null (row {row['id']}). Lay the rows out for this loss, or set another training.dpo.loss."
+        )
+    return tuple(renderer.choices(row[name], schemas.BETTER_LINE, schemas.SHOWN) for name in _QUESTIONS)
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -181,6 +208,7 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
         "chosen_ids": [row.completions[0] for row in rows],
         "rejected_ids": [row.completions[1] for row in rows],
         **{name: [row.numbers[name] for row in rows] for name in _NUMBERS[kind]},
+        **{name: [list(row.questions[i]) for row in rows] for i, name in enumerate(_QUESTIONS) if rows[0].questions},
     })  # fmt: skip
 
 
@@ -258,9 +286,10 @@ class _Dpo(_Ours, DPOTrainer):
         self._micro_rows: dict[str, list[int]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         self.ref_model = None  # its log-probabilities are on file: the memory of one model is enough
+        self.beside = losses.reads(settings)
         if not plain:
             self.loss_weights = [0.0]  # of TRL's loss the auxiliary one of experts stays, where a model has them
-            self.data_collator = _with_numbers(self.data_collator, losses.reads(settings))
+            self.data_collator = _with_numbers(self.data_collator, self.beside)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -310,18 +339,18 @@ class _Dpo(_Ours, DPOTrainer):
             outputs.append(model(**asked))
             return outputs[-1]
 
-        given = {name: inputs[name] for name in losses.reads(self.settings)}
+        given = {name: inputs[name] for name in self.beside}
         texts = {name: value for name, value in inputs.items() if name not in given}
         theirs = super()._compute_loss(overheard, texts, return_outputs)
-        ours = self._of_rows(outputs[0].log_probs, texts, given).mean()
+        # of each completion the log-probabilities of its tokens, [2B, T - 1], 0 elsewhere
+        policy = losses.LogProbs(*outputs[0].log_probs.sum(dim=1).chunk(2))
+        ours = self._of_rows(model, policy, texts, given).mean()
         return (theirs[0] + ours, theirs[1]) if return_outputs else theirs + ours
 
-    def _of_rows(self, log_probs: torch.Tensor, texts: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Losses of the rows, [B], from the log-probabilities of their completions' tokens, [2B, T - 1], else 0."""
+    def _of_rows(self, model: Any, policy: losses.LogProbs, texts: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Losses of the rows, [B]."""
         chosen_mask, _ = texts["completion_mask"].chunk(2)
-        policy = losses.LogProbs(*log_probs.sum(dim=1).chunk(2))
-        reference = losses.LogProbs(texts["ref_chosen_logps"], texts["ref_rejected_logps"])
-        return losses.of_rows(policy, reference, chosen_mask.sum(dim=1), given, self.settings)
+        return losses.of_rows(policy, _reference(texts), chosen_mask.sum(dim=1), given, self.settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -330,6 +359,81 @@ class _Dpo(_Ours, DPOTrainer):
             if len(values) == len(weights) and weights:
                 self._metrics[mode][name] = [sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)]
         super().log(logs, start_time)
+
+
+class _Scir(_Dpo):
+    """Pairs without labels: the model is asked which response is better, too, in a second pass (losses.scir)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.beside += _ASKED
+        self.data_collator = _with_questions(self.data_collator)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        loss = super()._compute_loss(model, inputs, return_outputs)
+        for name in _OF_LABELS:
+            self._metrics[self._mode].pop(name, None)
+        return loss
+
+    def _of_rows(self, model: Any, policy: losses.LogProbs, texts: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        reference, how = _reference(texts), self.settings.scir
+        ratios = losses.LogProbs(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+        rows, seen = losses.scir(
+            ratios, self._verdicts(model, given), how, beta=self.settings.beta,
+            warming_up=self.state.global_step < how.warmup * self.state.max_steps,
+        )  # fmt: skip
+        means = self.accelerator.gather(torch.stack(list(seen.values()))[None].mean(dim=-1)).mean(dim=0)
+        for name, value in zip(seen, means.tolist(), strict=True):
+            self._metrics[self._mode][f"scir/{name}"].append(value)
+        return given["weight"] * rows
+
+    def _verdicts(self, model: Any, given: dict[str, torch.Tensor]) -> losses.Verdicts:
+        """Ask of each pair, in both orders, and compare two tokens where the answer would begin."""
+        ids, mask, choices = (given[name] for name in _ASKED)
+        places, which = (mask.sum(dim=1) - 1).unique(return_inverse=True)
+        with _exact(self.accelerator.unwrap_model(self.model).get_output_embeddings()):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=places).logits
+        of_a, of_b = logits[torch.arange(len(ids), device=ids.device), which].gather(1, choices).unbind(dim=1)
+        chosen_first, rejected_first = (of_a - of_b).chunk(2)
+        return losses.Verdicts(chosen_first, -rejected_first)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+
+@contextmanager
+def _exact(head: Any) -> Iterator[None]:
+    """Have the head project in float32: rounded to bfloat16, logits around 20 are eighths, and their difference is."""
+
+    def again(head: Any, given: Any, rounded: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(rounded.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(given[0].float(), head.weight.float(), bias)
+
+    hook = head.register_forward_hook(again)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _reference(texts: Any) -> losses.LogProbs:
+    return losses.LogProbs(texts["ref_chosen_logps"], texts["ref_rejected_logps"])
+
+
+def _with_questions(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Collate as before, and bring along what the model is asked of each pair."""
+
+    def collate_all(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        asked = [row[name] for name in _QUESTIONS for row in examples]
+        ids = [torch.tensor(prompt) for prompt, _ in asked]
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        choices = torch.tensor([tokens for _, tokens in asked])
+        given = (pad(ids), pad([torch.ones_like(row) for row in ids]), choices)
+        return collate(examples) | dict(zip(_ASKED, given, strict=True))
+
+    return collate_all
 
 
 def _with_numbers(collate: Callable[[Any], Any], names: Sequence[str]) -> Callable[[Any], Any]:
@@ -528,6 +632,8 @@ def load_rows(
             f"training ({job.kind}): expected a chat template in {job.init_from}, got none. Add a chat_template.jinja."
         )
     ends = end_tokens(tokenizer, _generation_config(job.init_from))
+    asks = isinstance(job.settings, DpoConfig) and not job.settings.labelled
+    renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code) if asks else None
     sources = [("too_long", job.rows)] + ([("heldout_too_long", job.heldout)] if job.heldout is not None else [])
     kept: dict[str, list[Tokenized]] = {"too_long": [], "heldout_too_long": []}
     dropped = []
@@ -536,6 +642,8 @@ def load_rows(
             if isinstance(job.settings, DpoConfig):
                 check_numbers(row, job.settings)
             tokenized = tokenize(row, job.kind, tokenizer, ends)
+            if renderer is not None:
+                tokenized = tokenized._replace(questions=questions(row, renderer))
             if tokenized.n_tokens > job.settings.max_length:
                 dropped.append(DroppedRow(tokenized.id, reason, tokenized.n_tokens))
                 report(event="dropped", **dropped[-1]._asdict())
@@ -646,7 +754,7 @@ def make_trainer(
         is_itself = reference.resolve() == job.init_from.resolve()
         words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
         words |= {"remove_unused_columns": False}  # every column of ours is there to be used
-        trainer = _Dpo(
+        trainer = (_Dpo if job.settings.labelled else _Scir)(
             args=DPOConfig(beta=job.settings.beta, **words),
             ref_model=None if is_itself else load_model(reference, job),
             settings=job.settings, plain=is_plain(job.settings, [*rows, *heldout]), folder=job.work_dir, report=report,

@@ -24,7 +24,7 @@ def require_fit(config: RunConfig) -> None:
         raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
     for t in sorted({1, *(change.iteration for change in config.schedule)}):
         at = config.at(t)
-        refused = METHODS[config.method].refuses(at) or _refuses_points(at)
+        refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -38,3 +38,14 @@ def _refuses_points(config: RunConfig) -> str | None:
         "Set training.dpo.loss=sigmoid, or a method that compares responses: method=sppo, or dno with "
         "dno.judge_by=win_rate."
     )
+
+
+def _refuses_loss(config: RunConfig) -> str | None:
+    """Refuse labelled pairs for a loss that finds the label out by itself, and unlabelled ones for any other."""
+    labels, loss = METHODS[config.method].labels, config.training.dpo.loss
+    if labels == config.training.dpo.labelled:
+        return None
+    wants = "says which response of a pair is better" if labels else "leaves open which response of a pair is better"
+    takes = "finds that out by itself" if labels else "has to be told"
+    remedy = "Set training.dpo.loss=sigmoid, or method=scir." if labels else "Set training.dpo.loss=scir."
+    return f"method={config.method} {wants}, and training.dpo.loss={loss} {takes}. {remedy}"

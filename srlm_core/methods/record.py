@@ -121,6 +121,8 @@ class Method:
     """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
     starts_from: str | None = None
     """Role of the Training whose model `previous` means as init_from and reference; null = M_t."""
+    labels: bool = True
+    """Its pairs say which response is better; where False, `training.dpo.loss` must be one that finds it out."""
     refuses: Callable[[RunConfig], str | None] = lambda config: None
     """Say which settings it cannot work with, what it expected and what to do."""
     scores_win_rates: Callable[[RunConfig], bool] = lambda config: False

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlm_core.config import DpoConfig
+from srlm_core.config import DpoConfig, ScirConfig
 
 pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
@@ -136,3 +136,118 @@ def test_sppo_takes_a_swapped_pair_with_its_scores(chosen: float, rejected: floa
 @given(weight=st.floats(0, 10), label=share, nll=st.floats(0, 2))
 def test_a_weight_scales_the_whole_row(weight: float, label: float, nll: float) -> None:
     assert loss_of(label=label, nll=nll, weight=weight) == pytest.approx(weight * loss_of(label=label, nll=nll))
+
+
+# ---------------------------------------------------------------------------------------------------------- SCIR-style
+
+log_odds = st.floats(-60, 60)
+VERDICTS = (1.2 - 0.2, 0.9 - 0.4)
+"""Chosen shown as A against B, and as B against A: sigmoid 0.731059 and 0.622459, mean 0.676759."""
+
+
+def scir(
+    margin: float, verdicts: tuple[float, float] = VERDICTS, *, warming_up: bool = False, **how: Any
+) -> tuple[float, dict[str, float], tuple[float, float, float]]:
+    """Loss of one pair, what was seen in it, and the gradient by margin and by both verdicts."""
+    given = [tensor(value).requires_grad_() for value in (margin, *verdicts)]
+    ratios = losses.LogProbs(given[0], tensor(0))
+    loss, seen = losses.scir(
+        ratios, losses.Verdicts(*given[1:]), ScirConfig(**how), beta=1, warming_up=warming_up
+    )  # fmt: skip
+    loss.sum().backward()
+    slopes = tuple(0.0 if value.grad is None else value.grad.item() for value in given)
+    return loss.item(), {name: value.item() for name, value in seen.items()}, slopes
+
+
+def test_two_rewards_that_agree_cost_dpo_and_what_they_differ_by() -> None:
+    """SC-1. implicit sigmoid(0.4) = .598688; L_cons = .013230 + .1 x (.629288 + .673540) / 2 = .078371."""
+    policy, reference = both(*POLICY), both(*REFERENCE)
+    ratios = losses.LogProbs(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
+    found, seen = losses.scir(ratios, losses.Verdicts(*map(tensor, VERDICTS)), ScirConfig(), beta=0.1)
+    assert found.item() == pytest.approx(0.591387, abs=1e-6)  # -log sigmoid(0.4) + .078371 = .513015 + .078371
+    assert seen["divergence"].item() == pytest.approx(0.013230, abs=1e-6)  # half of .013023 + .013436
+    assert seen["entropy"].item() == pytest.approx((0.629288 + 0.673540) / 2, abs=1e-6)
+    assert (seen["agreement"].item(), seen["masked"].item(), seen["order_flips"].item()) == (1, 0, 0)
+    assert seen["generative_confidence"].item() == pytest.approx(0.176759, abs=1e-6)
+    assert seen["implicit_confidence"].item() == pytest.approx(0.098688, abs=1e-6)
+
+
+def test_two_rewards_that_differ_cost_only_that() -> None:
+    loss, seen, _ = scir(math.log(0.45 / 0.55))
+    assert loss == pytest.approx(0.172401, abs=1e-6)
+    assert seen["divergence"] == pytest.approx(0.106530, abs=1e-6)
+    assert (seen["agreement"], seen["masked"]) == (0, 1)
+
+
+def test_a_policy_that_is_its_reference_implies_nothing_and_learns_by_its_verdict_at_first() -> None:
+    """SC-2, G-1: p_I = 1/2, whose DPO loss is ln 2."""
+    loss, seen, slopes = scir(0.0)
+    assert (seen["implicit_confidence"], seen["masked"]) == (0, 1)
+    assert seen["divergence"] == pytest.approx(0.065305, abs=1e-6)
+    warm, learnt, steeper = scir(0.0, warming_up=True)
+    assert warm == pytest.approx(loss + math.log(2))
+    assert (learnt["agreement"], learnt["masked"]) == (0, 0)
+    assert steeper[0] == pytest.approx(slopes[0] - 0.5)  # of -log sigmoid at 0
+
+
+@settings(deadline=None)  # a backward pass beside other work
+@given(margin=log_odds, first=log_odds, second=log_odds, warm=st.booleans(), delta=st.sampled_from([0, 0.1, 0.3]))
+def test_which_of_two_stands_first_makes_no_difference(
+    margin: float, first: float, second: float, warm: bool, delta: float
+) -> None:
+    """SC-3: of the other response either reward says 1 - p; shown first it is where this one was second."""
+    loss, seen, slopes = scir(margin, (first, second), warming_up=warm, delta=delta)
+    other, same, turned = scir(-margin, (-second, -first), warming_up=warm, delta=delta)
+    assert other == pytest.approx(loss)
+    assert same == pytest.approx(seen, abs=1e-12)
+    assert turned == pytest.approx((-slopes[0], -slopes[2], -slopes[1]), abs=1e-12)
+
+
+def test_a_pair_that_is_not_learnt_from_still_brings_the_two_together() -> None:
+    """SC-4."""
+    loss, seen, slopes = scir(-0.5)
+    assert seen["masked"] == 1
+    assert slopes[0] < 0 < slopes[1]  # down the slope: the log-ratio rises, the verdict falls
+    assert slopes[2] > 0
+    assert scir(-0.5, alpha=0)[0] == 0
+    assert scir(-0.5, alpha=2)[0] == pytest.approx(2 * loss)
+
+
+def test_delta_asks_both_for_confidence() -> None:
+    """p_G - 1/2 = .176759 and p_I - 1/2 = .098688."""
+    assert [scir(0.4, delta=delta)[1]["masked"] for delta in (0.09, 0.1, 0.18)] == [0, 1, 1]
+    assert [scir(0.4, delta=delta, warming_up=True)[1]["masked"] for delta in (0.09, 0.1, 0.18)] == [0, 0, 1]
+
+
+def test_a_verdict_that_only_looks_at_the_order_says_nothing() -> None:
+    for warm in (False, True):
+        _, seen, _ = scir(0.4, (2.0, -2.0), warming_up=warm)
+        assert (seen["generative_confidence"], seen["masked"], seen["order_flips"]) == (0, 1, 1)
+
+
+def test_the_held_reward_has_no_gradient_from_the_other() -> None:
+    free, _, slopes = scir(-0.5)
+    for held, stays in (("generative", slice(1, 3)), ("implicit", slice(0, 1))):
+        loss, _, partial = scir(-0.5, stop_gradient=held)
+        assert loss == free
+        assert not any(partial[stays])
+        assert [s for s, p in zip(slopes, partial, strict=True) if p] == pytest.approx([p for p in partial if p])
+
+
+@settings(deadline=None)
+@given(margin=st.floats(-1e4, 1e4), first=st.floats(-1e4, 1e4), second=st.floats(-1e4, 1e4))
+def test_certainty_is_finite(margin: float, first: float, second: float) -> None:
+    loss, seen, slopes = scir(margin, (first, second))
+    assert all(map(math.isfinite, (loss, *seen.values(), *slopes)))
+    assert seen["divergence"] >= -1e-12
+    assert -1e-12 <= seen["entropy"] <= math.log(2) + 1e-12
+
+
+def test_two_that_are_certain_of_opposites_are_that_far_apart() -> None:
+    """Half of (1 - 0) x (800 - -800), in float32 as in training."""
+    given = [torch.tensor([value], requires_grad=True) for value in (-800.0, 800.0, 800.0)]
+    ratios = losses.LogProbs(given[0], torch.zeros(1))
+    loss, _ = losses.scir(ratios, losses.Verdicts(*given[1:]), ScirConfig(gamma=0), beta=1)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(800)
+    assert [value.grad.item() for value in given] == pytest.approx([-0.5, 0.25, 0.25], rel=1e-4)

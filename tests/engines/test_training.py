@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from engines.real import small_model
+from engines.tiny import tiny_model
 
 from srlm_core.config import DpoConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, train
@@ -40,30 +40,13 @@ def child() -> Any:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers and 64 dimensions behind SmolLM2's tokenizer and chat template."""
-    return _tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
+    return tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
 
 
 @pytest.fixture(scope="session")
 def other(tiny: Path) -> Path:
     """Another random model of the same shape."""
-    return _tiny_model(tiny.with_name("other"), seed=1)
-
-
-def _tiny_model(path: Path, seed: int) -> Path:
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(small_model()).save_pretrained(path)
-    return path
+    return tiny_model(tiny.with_name("other"), seed=1)
 
 
 def _text(rng: random.Random, most: int = 12) -> str:

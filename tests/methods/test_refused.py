@@ -18,6 +18,14 @@ from srlm_core.errors import ConfigError
         ("self_rewarding", "responses.n=1", r"method=self_rewarding .* got responses\.n=1"),
         ("meta_rewarding", "judgments.k=1", r"compares the judgments of one response, got judgments\.k=1"),
         ("meta_rewarding", "judgments.reading=expected", r"got judgments\.reading=expected.*meta\.trains_judge=false"),
+        ("scir", "responses.n=1", r"method=scir .* got responses\.n=1"),
+        (
+            "scir",
+            "training.dpo.loss=sigmoid",
+            r"method=scir leaves open .*loss=sigmoid has to be told\. Set",
+        ),
+        ("cream", "training.dpo.loss=scir", r"method=cream says which .*loss=scir finds that out.*loss=sigmoid"),
+        ("scir", 'schedule=[{iteration=2, set={"training.dpo.loss"="sppo"}}]', r"from iteration 2 on: .*loss=sppo"),
         ("self_rewarding", 'schedule=[{iteration=2, set={"responses.n"=1}}]', r"from iteration 2 on: .*responses\.n=1"),
         ("self_rewarding", "training.dpo.loss=sppo", r"loss=sppo reads .* win rates, and method=self_rewarding pairs"),
         ("dno", "training.dpo.loss=sppo", r"loss=sppo reads .*method=dno pairs by others.*dno\.judge_by=win_rate"),
@@ -71,3 +79,9 @@ def test_sizes_that_are_like_one_another_in_a_circle(tmp_path):
     path.write_text('[sizes.one]\nlike = "two"\n[sizes.two]\nlike = "one"\n')
     with pytest.raises(ConfigError, match=r"got a circle: one > two > one"):
         recipes.load(str(path), "one")
+
+
+@pytest.mark.parametrize("name", ["nll", "heldout_share"])
+def test_what_has_to_know_the_better_response_where_nobody_said(name):
+    with pytest.raises(ConfigError, match=rf"training\.dpo\.loss=scir .* training\.dpo\.{name}=0\.2 has to know\. Set"):
+        recipes.load("scir", "smoke", [f"training.dpo.{name}=0.2"])
