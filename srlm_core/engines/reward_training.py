@@ -16,6 +16,7 @@ from trl.trainer.reward_trainer import RewardTrainer, suppress_seqcls_warning
 
 from srlm_core.config import RewardConfig
 from srlm_core.engines import losses
+from srlm_core.engines.packed import pack
 from srlm_core.engines.rendering import Renderer
 from srlm_core.engines.rewarding import padding
 from srlm_core.engines.trainers import ByRow
@@ -36,10 +37,11 @@ def texts_of(row: dict[str, Any], renderer: Renderer) -> tuple[list[int], ...]:
     return tuple(renderer.whole(row["prompt"], response) for response in row["responses"])
 
 
-def load(path: Path, renderer: Renderer, *, seed: int, trust_remote_code: bool) -> Any:
+def load(path: Path, renderer: Renderer, *, seed: int, trust_remote_code: bool, packed: bool) -> Any:
     """Load a language model in float32 with a new head of one number in the place of its vocabulary's.
 
     The head begins as Tulu 3's does, with standard deviation 1 / sqrt(width + 1): rewards begin near 0, and differ.
+    `packed`: batches are computed as trees (engines/packed.py).
     """
     with suppress_seqcls_warning():
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -49,6 +51,8 @@ def load(path: Path, renderer: Renderer, *, seed: int, trust_remote_code: bool) 
     head = model.get_submodule("score")
     torch.manual_seed(seed)
     torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+    if packed:
+        pack(model)
     return model
 
 

@@ -654,9 +654,14 @@ def look_for_models(job: TrainingJob) -> None:
 def load_model(path: Path, job: TrainingJob) -> Any:
     """Load a checkpoint in float32: a step of 1e-6 is below the resolution of a bfloat16 weight."""
     found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
-    if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
-        pack(found)  # not on a GPU: many small calls of attention, unmeasured there
+    if packs(job):
+        pack(found)
     return found
+
+
+def packs(job: TrainingJob) -> bool:
+    """Whether batches are computed as trees: not on a GPU, where many small calls of attention are unmeasured."""
+    return not torch.cuda.is_available() and not job.settings.gradient_checkpointing
 
 
 def use_bfloat16(precision: str) -> bool:
@@ -744,7 +749,9 @@ def _reward_trainer(job: TrainingJob, settings: RewardConfig, words: dict[str, A
     from srlm_core.engines import reward_training
 
     renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code)
-    model = reward_training.load(job.init_from, renderer, seed=job.seed, trust_remote_code=job.trust_remote_code)
+    model = reward_training.load(
+        job.init_from, renderer, seed=job.seed, trust_remote_code=job.trust_remote_code, packed=packs(job)
+    )
     words |= {"remove_unused_columns": False}
     return reward_training.Reward(model=model, settings=settings, words=words, **given)
 
