@@ -16,10 +16,10 @@ from srlm_core import annotating, counting, frozen_judge, judgments, measuring, 
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.config import DpoConfig
-from srlm_core.errors import NothingLeft, StoreError
+from srlm_core.errors import EngineDied, ModelError, NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
-from srlm_core.run import BASELINE, Run
+from srlm_core.run import BASELINE, MARKER, Run
 from srlm_core.shards import make_datasets
 from srlm_core.store import Made
 
@@ -38,10 +38,41 @@ def self_reward(run: Run) -> None:
 
 
 def _look_for_named(run: Run) -> None:
-    """Find the models that the user names to play a role, before anything is loaded. Raises ModelError."""
-    for taught in METHODS[run.config.method].trainings:
-        if (named := taught.named(run.config)) and taught.kind == "reward":
+    """Find whom the user names before anything is loaded: reward models, and the endpoints that are asked on the way.
+
+    An endpoint that only measures may still be started: it is told of, and asked when its time comes. A campaign whose
+    last model is there asks none of the others any more. Raises ModelError or EngineDied, naming the setting.
+    """
+    config, method = run.config, METHODS[run.config.method]
+    for taught in method.trainings:
+        if (named := taught.named(config)) and taught.kind == "reward":
             run.reward_model(named)
+    roles = {step.role for step in method.makes}
+    asked = {
+        "judgments.judge": config.judgments.judge if "judge" in roles else "",
+        "prompts.generator": config.prompts.generator if "generator" in roles else "",
+        "seed_data.eft_endpoint": config.seed_data.eft_endpoint if method.teaches_judging else "",
+    }
+    if (run.campaign.model(f"M{config.iterations + 1}") / MARKER).exists():
+        asked = {}
+    for setting, name in asked.items():
+        _greet(run, setting, name or "")
+    measuring_ones = (config.evaluation.judge, *config.evaluation.more_judges, config.evaluation.suites.annotator or "")
+    for name in () if config.evaluation.models == "none" else measuring_ones:
+        try:
+            _greet(run, "evaluation", name)
+        except (ModelError, EngineDied) as error:
+            run.tell("note", text=f"not there yet: {error}")
+
+
+def _greet(run: Run, setting: str, name: str) -> None:
+    """See that an endpoint answers; any other model is looked for elsewhere."""
+    if "@http" in name:
+        try:
+            with run.backend.open(run.backend.frozen(name)):
+                pass
+        except (ModelError, EngineDied) as error:
+            raise type(error)(f"{setting}={name}: {error}") from error
 
 
 def iterate(run: Run, t: int) -> None:

@@ -257,7 +257,7 @@ class OpenAIEngine:
     def _unreachable(self, error: Exception) -> EngineDied:
         reason = error.__cause__ or error
         return EngineDied(
-            f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend engine.base_url."
+            f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend its address."
         )
 
 
