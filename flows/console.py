@@ -150,13 +150,13 @@ class Console:
         for name, seconds in timings.items():
             inside = " (within the others)" if name == "engine starts" else ""
             self._terminal.print(f"  {name:<40}{seconds / 60:6.1f} min{inside}", markup=False)
-        last = [row["model"] for row in rows][-1] if rows else "M1"
+        last = [row["model"] for row in rows if (self._campaign.model(row["model"]) / "complete.json").is_file()][-1:]
         folder, database = self._campaign.folder, root / "mlflow.db"
         tracked = (folder / "mlflow.json").is_file() and database.is_file()
         lines = [
             f"report    {page}" if page.is_file() else f"report    not written: srlm report {self._campaign.name}",
             f"datasets  {folder}/iter_*/  (Parquet)",
             *([f"MLflow    mlflow ui --backend-store-uri sqlite:///{database}"] if tracked else []),
-            f"talk      srlm chat {folder / 'models' / last}",
+            *(f"talk      srlm chat {self._campaign.model(model)}" for model in last),
         ]
         self._terminal.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -35,6 +35,8 @@ class Backend(NamedTuple):
     """Find M0."""
     frozen: Callable[[str], Model]
     """Find another model by path, hub id, or `name@http://host/v1` for an endpoint."""
+    rewards: Callable[[str], Model]
+    """Find a reward model by path or hub id."""
     open: Callable[[Model], Engine]
     train: Callable[..., TrainingResult]
     digest: Callable[[Path], str]
@@ -71,6 +73,7 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
         return Backend(
             base=scripted_base,
             frozen=lambda name: _endpoint(name) or Model(name, Path(name), _scripted_digest(Path(name))),
+            rewards=lambda name: Model(name, Path(name), _scripted_digest(Path(name))),
             open=lambda asked: _ask_endpoint(config, asked, logs) or scripted.ScriptedEngine(config.engine, asked.path),
             train=scripted.train,
             digest=_scripted_digest,
@@ -83,7 +86,10 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
     def frozen(name: str) -> Model:
         if (endpoint := _endpoint(name)) is not None:
             return endpoint
-        path = models.resolve_model(name, None, cache)
+        return local(name, rewards=False)
+
+    def local(name: str, *, rewards: bool) -> Model:
+        path = models.resolve_model(name, None, cache, rewards=rewards)
         return Model(name, path, models.model_digest(path, cache))
 
     def open_model(asked: Model) -> Engine:
@@ -98,7 +104,8 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
         machine = plan.of_this_machine(len(hardware.cores()), len(hardware.gpus()))
         return plan.sampling_seconds(config, models.describe(path).parameters, machine)
 
-    return Backend(base, frozen, open_model, training_job.train, partial(models.model_digest, cache=cache))
+    rewards = partial(local, rewards=True)
+    return Backend(base, frozen, rewards, open_model, training_job.train, partial(models.model_digest, cache=cache))
 
 
 def _scripted_digest(path: Path) -> str:

@@ -319,6 +319,23 @@ class DiceConfig(Settings):
     """Reward taken off for each token of a response, against growing length; 0 = none. Ours: theirs is not known."""
 
 
+class RlhfConfig(Settings):
+    """Whose reward counts; for methods `rlhf` and `rlhf_online`. How one is trained is training.reward."""
+
+    reward_model: str | None = None
+    """A reward model of your own (a folder or hub id; one number a response, …ForSequenceClassification); null = one is
+    trained on EFT's rankings, from M1."""
+
+    @model_validator(mode="after")
+    def _it_is_loaded_here(self) -> "RlhfConfig":
+        if self.reward_model and "@http" in self.reward_model:
+            raise ValueError(
+                f"rlhf.reward_model: expected a folder or a hub id, got {self.reward_model!r}: an endpoint tells no "
+                "rewards. Name a checkpoint, or let the endpoint judge: method=self_rewarding with judgments.judge."
+            )
+        return self
+
+
 class OptimizerConfig(Settings):
     """One training run."""
 
@@ -360,6 +377,60 @@ class SftConfig(OptimizerConfig):
 
     learning_rate: float = Field(default=5.5e-6, gt=0)
     final_learning_rate: float = Field(default=1.1e-6, ge=0)
+
+
+class RewardConfig(OptimizerConfig):
+    """A Bradley-Terry reward model, trained on rankings (arXiv:2203.02155 section 3.5); a row is a prompt."""
+
+    learning_rate: float = Field(default=9e-6, gt=0)
+    """InstructGPT, appendix C.2: 9e-6 for 6B."""
+    final_learning_rate: float = Field(default=9e-7, ge=0)
+    """Appendix C.2: the cosine ends at a tenth."""
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts per optimizer step, each with all its responses (appendix C.2: 64)."""
+    margin: float = Field(default=0.0, ge=0)
+    """Lead that the better response is to have, in reward. 0 = any (the paper)."""
+    centre: float = Field(default=0.0, ge=0)
+    """Weight of (sum of a pair's rewards)^2, which keeps them around 0. 0 = none (the paper)."""
+
+
+class OnlineConfig(OptimizerConfig):
+    """A policy gradient on rewards of fresh responses: RLOO (arXiv:2402.14740), in place of InstructGPT's PPO."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    final_learning_rate: float = Field(default=1e-7, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts per optimizer step, each with `n` responses; prompts that fill no whole step are left out."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Responses per forward pass of one device; changes memory, not the result."""
+    n: int = Field(default=4, ge=2)
+    """Responses to a prompt: each is weighed against the mean reward of the others (section 3.2 of RLOO)."""
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0, top_p=1.0, max_tokens=512)
+    """How they are drawn: from the policy as it is, or its gradient would be another's."""
+    kl: float = Field(default=0.05, ge=0)
+    """Reward taken off for each nat that the policy lies above the reference (InstructGPT: 0.02). 0 = none."""
+    clip: float = Field(default=0.2, gt=0)
+    """How far a response's probability may move in one step, as a ratio (InstructGPT, appendix C.4: 0.2)."""
+    init_from: Literal["previous", "sft", "base"] = "previous"
+    """Weights that training starts from: M_t, M1, or M0."""
+    reference: Literal["previous", "sft", "base"] = "sft"
+    """Frozen model that `kl` is measured from (InstructGPT: the one after supervised fine-tuning)."""
+    vllm: bool = False
+    """Sample with vLLM inside the trainer (TRL's `colocate`), on GPUs; off = by transformers. Not tried yet: TRL says
+    which versions of vLLM it knows."""
+
+    @model_validator(mode="after")
+    def _nothing_is_held_out(self) -> "OnlineConfig":
+        if self.heldout_share:
+            raise ValueError(
+                f"training.online.heldout_share={self.heldout_share}: prompts have no answer to check by. Set it to 0."
+            )
+        if self.batch_size * self.n % self.micro_batch_size:
+            raise ValueError(
+                f"training.online: expected batch_size x n to be a multiple of micro_batch_size, got "
+                f"{self.batch_size} x {self.n} and {self.micro_batch_size}. Change one of them."
+            )
+        return self
 
 
 class ScirConfig(Settings):
@@ -435,10 +506,12 @@ class DpoConfig(OptimizerConfig):
 
 
 class TrainingConfig(Settings):
-    """SFT at the start, DPO in each iteration."""
+    """SFT at the start, DPO in each iteration; where the method has them, a reward model and a policy gradient."""
 
     sft: SftConfig = SftConfig()
     dpo: DpoConfig = DpoConfig()
+    reward: RewardConfig = RewardConfig()
+    online: OnlineConfig = OnlineConfig()
 
 
 class SuitesConfig(Settings):
@@ -554,6 +627,7 @@ class RunConfig(Settings):
     rlaif: RlaifConfig = RlaifConfig()
     dno: DnoConfig = DnoConfig()
     dice: DiceConfig = DiceConfig()
+    rlhf: RlhfConfig = RlhfConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -569,6 +643,7 @@ class RunConfig(Settings):
             *([("meta.sampling", self.meta.sampling)] if self.method == "meta_rewarding" else []),
             *([("evaluation.suites.sampling", suites.sampling)] if suites.answered else []),
             *([("seed_data.eft_sampling", self.seed_data.eft_sampling)] if self.seed_data.eft_is_judged else []),
+            *([("training.online.sampling", self.training.online.sampling)] if self.method == "rlhf_online" else []),
         ):
             if sampling.max_tokens >= self.engine.context:
                 raise ValueError(

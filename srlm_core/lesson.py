@@ -13,28 +13,32 @@ import pyarrow.parquet as pq
 
 from srlm_core import schemas, settings, store, training
 from srlm_core.backend import Model
-from srlm_core.config import DpoConfig, RunConfig, SftConfig
+from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, RunConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.executor import Work
 from srlm_core.run import MARKER, Run
 from srlm_core.store import digest
+
+ROWS = {"sft": schemas.EXAMPLES, "dpo": schemas.PREFERENCES, "reward": schemas.RANKINGS, "online": schemas.QUERIES}
 
 
 class Lesson(NamedTuple):
     """One training run of the campaign: which model comes of what."""
 
     name: str
-    kind: Literal["sft", "dpo"]
+    kind: Literal["sft", "dpo", "reward", "online"]
     rows: Callable[[], Iterable[pa.Table]]
     """Reads the rows from their beginning, a piece at a time: all of an iteration's need not fit the memory."""
-    config: SftConfig | DpoConfig
+    config: SftConfig | DpoConfig | RewardConfig | OnlineConfig
     init: Model
     reference: Model | None
     folder: Path
+    reward: Model | None = None
+    """Who rewards what is sampled on the way."""
 
     @property
     def schema(self) -> pa.Schema:
-        return schemas.EXAMPLES if self.kind == "sft" else schemas.PREFERENCES
+        return ROWS[self.kind]
 
     @property
     def work_dir(self) -> Path:
@@ -52,6 +56,7 @@ class Lesson(NamedTuple):
                 "rows": store.rows_digest(self.rows(), self.schema),
                 "settings": settings.pick(now, (f"training.{self.kind}",)),
                 "init": self.init.digest, "reference": self.reference.digest if self.reference else None,
+                **({"reward": self.reward.digest} if self.reward else {}),
             },
             length=32,
         )  # fmt: skip
@@ -95,10 +100,12 @@ def _find_or_train(run: Run, lesson: Lesson) -> Model:
             "fingerprint": made_from, "digest": trained.digest, "kind": lesson.kind, "rows": result.n_rows,
             "init_from": [lesson.init.name, lesson.init.digest],
             "reference": [reference.name, reference.digest] if reference else None,
+            **({"reward": [lesson.reward.name, lesson.reward.digest]} if lesson.reward else {}),
             "steps": result.steps, "seconds": round(result.seconds, 1),
         },
     )  # fmt: skip
     shutil.rmtree(lesson.work_dir / "checkpoints", ignore_errors=True)
+    run.sampled(lesson.name, result)
     run.tell("model", model=trained, result=result, kind=lesson.kind)
     return trained
 
@@ -120,6 +127,7 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
         heldout=held if share and pq.read_metadata(held).num_rows else None,
         init_from=lesson.init.path,
         reference=lesson.reference.path if lesson.reference else None,
+        reward_model=lesson.reward.path if lesson.reward else None,
         output=run.campaign.model(lesson.name),
         work_dir=work_dir,
         settings=lesson.config,

@@ -16,10 +16,10 @@ from srlm_core import annotating, counting, frozen_judge, judgments, measuring, 
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.config import DpoConfig
-from srlm_core.errors import NothingLeft, StoreError
+from srlm_core.errors import EngineDied, ModelError, NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
-from srlm_core.run import BASELINE, Run
+from srlm_core.run import BASELINE, MARKER, Run
 from srlm_core.shards import make_datasets
 from srlm_core.store import Made
 
@@ -29,6 +29,7 @@ from srlm_core.store import Made
 def self_reward(run: Run) -> None:
     """Run a campaign to its end, or go on with it: what is finished and unchanged is reused."""
     executor, last = run.executor, run.config.iterations
+    _look_for_named(run)
     executor.flow("bootstrap", "bootstrap", partial(bootstrap, run))
     for t in range(1, last + 1):
         executor.flow("iteration", f"iteration {t}", partial(iterate, run, t))
@@ -36,17 +37,74 @@ def self_reward(run: Run) -> None:
     run.tell("finished", timings=run.timings)
 
 
+def _look_for_named(run: Run) -> None:
+    """Find whom the user names before anything is loaded: reward models, and the endpoints that are asked on the way.
+
+    An endpoint that only measures may still be started: it is told of, and asked when its time comes. A campaign whose
+    last model is there asks none of the others any more. Raises ModelError or EngineDied, naming the setting.
+    """
+    config, method = run.config, METHODS[run.config.method]
+    for taught in method.trainings:
+        if (named := taught.named(config)) and taught.kind == "reward":
+            run.reward_model(named)
+    roles = {step.role for step in method.makes}
+    asked = {
+        "judgments.judge": config.judgments.judge if "judge" in roles else "",
+        "prompts.generator": config.prompts.generator if "generator" in roles else "",
+        "seed_data.eft_endpoint": config.seed_data.eft_endpoint if method.teaches_judging else "",
+    }
+    if (run.campaign.model(f"M{config.iterations + 1}") / MARKER).exists():
+        asked = {}
+    for setting, name in asked.items():
+        _greet(run, setting, name or "")
+    measuring_ones = (config.evaluation.judge, *config.evaluation.more_judges, config.evaluation.suites.annotator or "")
+    for name in () if config.evaluation.models == "none" else measuring_ones:
+        try:
+            _greet(run, "evaluation", name)
+        except (ModelError, EngineDied) as error:
+            run.tell("note", text=f"not there yet: {error}")
+
+
+def _greet(run: Run, setting: str, name: str) -> None:
+    """See that an endpoint answers; any other model is looked for elsewhere."""
+    if "@http" in name:
+        try:
+            with run.backend.open(run.backend.frozen(name)):
+                pass
+        except (ModelError, EngineDied) as error:
+            raise type(error)(f"{setting}={name}: {error}") from error
+
+
 def iterate(run: Run, t: int) -> None:
     """Iteration t: M_t is evaluated, writes prompts, answers and judges; M_{t+1} is trained on what that made."""
     policy = run.model(f"M{t}")
     made = make_datasets(run, t, policy)
     _require_rows(run, t, made)
-    folder, how = run.campaign.iteration(t), run.config.at(t).training.dpo
+    lesson = _on_prompts if METHODS[run.config.method].learns == "online" else _on_pairs
+    with annotating.meanwhile(run, policy):
+        teach(run, lesson(run, t, made))
+    run.tell("iteration", t=t)
+
+
+def _on_pairs(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> Lesson:
+    """Lay out DPO of M_{t+1} on the pairs of iteration t, and on those that are replayed."""
+    how = run.config.at(t).training.dpo
     parts = [*_replayed(run, t, how.replay), *_parts_to_train_on(run, t, how.data, made)]
     reference, init = _anchor(run, how.reference, t), _anchor(run, how.init_from, t)
-    with annotating.meanwhile(run, policy):
-        teach(run, Lesson(f"M{t + 1}", "dpo", partial(_preferences, parts, how), how, init, reference, folder))
-    run.tell("iteration", t=t)
+    rows = partial(_preferences, parts, how)
+    return Lesson(f"M{t + 1}", "dpo", rows, how, init, reference, run.campaign.iteration(t))
+
+
+def _on_prompts(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> Lesson:
+    """Lay out the policy gradient of M_{t+1} on the prompts of iteration t."""
+    how = run.config.at(t).training.online
+    reward = next(taught for taught in METHODS[run.config.method].trainings if taught.kind == "reward")
+    named = reward.named(run.config)
+    return Lesson(
+        f"M{t + 1}", "online", lambda: (training.queries(store.read_part(part.path)) for part in made["prompts"]), how,
+        _anchor(run, how.init_from, t), _anchor(run, how.reference, t), run.campaign.iteration(t),
+        run.reward_model(named) if named else run.model(reward.name(t)),
+    )  # fmt: skip
 
 
 def evaluate_rest(run: Run) -> None:
@@ -84,7 +142,8 @@ def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[
 def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
     """Stop where an iteration has nothing to train on, saying what was seen and what to change."""
     counts = {name: sum(pq.read_metadata(part.path).num_rows for part in parts) for name, parts in made.items()}
-    if counts["pairs"]:
+    needed = METHODS[run.config.method].makes[-1].makes
+    if counts[needed]:
         return
     seen: Counter[str] = Counter()
     for path in store.parts(run.campaign.iteration(t) / "drops"):
@@ -94,7 +153,7 @@ def _require_rows(run: Run, t: int, made: Mapping[str, Sequence[Made]]) -> None:
     rows = ", ".join(f"{name} {count}" for name, count in counts.items())
     why = ", ".join(f"{reason} ({count})" for reason, count in seen.most_common(6)) or "nothing was dropped"
     raise NothingLeft(
-        f"iteration {t}: expected pairs to train M{t + 1} on, got none ({rows}). What was seen: {why}. "
+        f"iteration {t}: expected {needed} to train M{t + 1} on, got none ({rows}). What was seen: {why}. "
         f"{_remedy(counts, seen)} "
         f"Everything is kept in {run.campaign.iteration(t)}; run again with the change and --redo."
     )

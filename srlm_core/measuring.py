@@ -10,7 +10,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from srlm_core import answers, comparisons, evaluation, judgments, own_answers, responses, schemas, settings, store
+from srlm_core import (
+    answers,
+    comparisons,
+    evaluation,
+    judgments,
+    own_answers,
+    responses,
+    rewards,
+    schemas,
+    settings,
+    store,
+)  # fmt: skip
 from srlm_core.backend import Model
 from srlm_core.config import JudgmentsConfig, RunConfig, SamplingConfig
 from srlm_core.engines.on_demand import OnDemand
@@ -70,6 +81,17 @@ def submit(run: Run, model: Model, lend: Lend, *, judging_only: bool = False) ->
         answered = part_path(folder / "own", 0)
         started["own_judged"] = [judge_own(run, answered, model, folder / "own_judged", lend, started["own"])]
     return started
+
+
+def submit_rewards(run: Run, model: Model, lend: Lend) -> Started:
+    """Start what measures a reward model: it orders the held-out groups, as a judge does by its scores."""
+    if run.config.evaluation.models == "none":
+        return {}
+    folder, tasks = run.campaign.folder / "evaluation" / model.name, evaluation.group_tasks(run.seed_data.heldout)
+    make = partial(rewards.score_ranked, tasks, model=model.name)
+    what = ["rewards", rewards.VERSION, [list(task) for task in tasks]]
+    part = partial(make_part, run, folder, "heldout_rewards", model, lend, make, what)
+    return {"heldout_rewards": [run.executor.submit(Work("evaluation", f"heldout_rewards of {model.name}", part))]}
 
 
 def _pieces(run: Run, model: Model, *, judging_only: bool) -> dict[str, list[Piece]]:
@@ -237,15 +259,17 @@ def finish(run: Run, model: Model, pending: Started) -> None:
     }
     config, seed = run.config, run.seed_data
 
+    if "heldout_rewards" in tables:
+        scores = rewards.known(tables["heldout_rewards"])
+        _keep_results(run, model, {"judge": _measure_judge(run, scores)})
+        return
+
     def mean_scores(name: str) -> dict[str, float]:
         return _mean_scores(config, tables[name])
 
-    groups = evaluation.ranked(seed.heldout, mean_scores("heldout"))
     lengths = {task.target_id: len(task.response) for task in evaluation.group_tasks(seed.heldout)}
     results: dict[str, Any] = {
-        "model": model.name,
-        "digest": model.digest,
-        "judge": evaluation.measure_judge(groups, samples=config.evaluation.bootstrap_samples, seed=config.seed),
+        "judge": _measure_judge(run, mean_scores("heldout")),
         "judge_health": evaluation.judge_health(tables["heldout"], lengths),
     }
     if "text" in tables:
@@ -269,7 +293,17 @@ def finish(run: Run, model: Model, pending: Started) -> None:
         if f"capability_{task}" in tables:
             scored = capability.measure(task, tables[f"capability_{task}"])
             results.setdefault("suites", {}).setdefault("capability", {}).update(scored)
-    store.write_json(folder / "results.json", results)
+    _keep_results(run, model, results)
+
+
+def _measure_judge(run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
+    groups = evaluation.ranked(run.seed_data.heldout, scores)
+    return evaluation.measure_judge(groups, samples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
+
+
+def _keep_results(run: Run, model: Model, measured: dict[str, Any]) -> None:
+    results = {"model": model.name, "digest": model.digest, **measured}
+    store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
     run.measured[model.name] = None
     run.tell("evaluation", model=model.name, results=results)
 

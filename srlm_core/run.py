@@ -11,6 +11,7 @@ from srlm_core import store
 from srlm_core.backend import Backend, Model
 from srlm_core.config import RunConfig
 from srlm_core.engines.on_demand import OnDemand, Usage
+from srlm_core.engines.training_job import TrainingResult
 from srlm_core.executor import Executor
 from srlm_core.methods import METHODS
 from srlm_core.seed_data import SeedData, load_seed
@@ -69,6 +70,10 @@ class Run:
         """Return the model that plays a role: the policy, the base, or another one by path."""
         return {"policy": policy, "base": self.base}.get(name) or self.model(name)
 
+    def reward_model(self, name: str) -> Model:
+        """Return a reward model that the user names."""
+        return self.backend.rewards(name)
+
     @contextmanager
     def engines(self) -> Iterator[Callable[[Model], OnDemand]]:
         """Lend engines: one for each model, started when first asked, closed together."""
@@ -100,6 +105,14 @@ class Run:
                     "seconds": round(total.seconds + used.seconds, 2),
                 }
         store.write_json(self.campaign.folder / "usage.json", self.usage)
+
+    def sampled(self, model: str, result: TrainingResult) -> None:
+        """Count what a training sampled by itself."""
+        if result.generated_tokens:
+            self.usage[f"training {model}"] = {
+                "requests": result.n_rows, "tokens": result.generated_tokens, "seconds": round(result.seconds, 2),
+            }  # fmt: skip
+            store.write_json(self.campaign.folder / "usage.json", self.usage)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

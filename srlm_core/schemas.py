@@ -72,6 +72,16 @@ LOGPROBS = pa.schema(
     ]
 )
 """What one model makes of responses: sum over tokens, nats, the one that ends the turn included."""
+REWARDS = pa.schema(
+    [
+        _required("response_id", pa.string()),
+        _required("prompt_id", pa.string()),
+        _required("iteration", pa.int32()),
+        _required("model", pa.string()),
+        pa.field("reward", pa.float64()),
+    ]
+)
+"""What a reward model gives responses: numbers without a unit, null where there is none."""
 PAIRS = pa.schema(
     [
         _required("pair_id", pa.string()),
@@ -124,6 +134,17 @@ PREFERENCES = pa.schema(
 """Rows of DPO, as the trainer reads them. `label` is the probability that chosen is the better response, 1 = certain,
 null where nobody said; `weight` scales a row's loss; `asked_ab` asks which of the two is better, chosen shown first,
 `asked_ba` with rejected shown first, null unless the loss asks. `training.dpo.loss` says which of these count."""
+RANKINGS = pa.schema(
+    [
+        _required("id", pa.string()),
+        _required("prompt", MESSAGES),
+        _required("responses", pa.list_(pa.string())),
+        _required("ranks", pa.list_(pa.int32())),
+    ]
+)
+"""Rows of a reward model's training: a prompt, texts, and the rank of each, 0 = best, equal ones equally good."""
+QUERIES = pa.schema([_required("id", pa.string()), _required("prompt", MESSAGES)])
+"""Rows of a policy gradient: what is answered while it trains."""
 
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": PROMPTS,

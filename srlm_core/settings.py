@@ -19,6 +19,8 @@ NEUTRAL = (
     "engine.max_in_flight", "engine.shards_in_flight", "tracking",
     "training.sft.micro_batch_size", "training.sft.checkpoint_every_s", "training.sft.gradient_checkpointing",
     "training.dpo.micro_batch_size", "training.dpo.checkpoint_every_s", "training.dpo.gradient_checkpointing",
+    "training.reward.micro_batch_size", "training.reward.checkpoint_every_s", "training.reward.gradient_checkpointing",
+    "training.online.micro_batch_size", "training.online.checkpoint_every_s", "training.online.gradient_checkpointing",
 )  # fmt: skip
 """Settings that change how fast, where, or how it is shown; never a row."""
 
@@ -38,6 +40,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
         "dno.judge_by",
     ),
+    "rewards": ("rlhf", "training.reward"),
     "preferences": ("rlaif.justified", "rlaif.explanation_tokens"),
     "meta_judgments": (
         "meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling",
@@ -47,7 +50,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "rlaif.clamp", "rlaif.labels", "dno.min_positive", "dno.reference_margin", "dno.own_margin", "dno.win_margin",
         "dno.restrictive", "dno.max_pairs_per_prompt", "dice",
     ),
-    "training": ("training.dpo",),
+    "training": ("training.dpo", "training.online"),
     "evaluation": (
         "evaluation.models", "evaluation.prompts", "evaluation.heldout_groups", "evaluation.text_judgments",
         "evaluation.order_groups", "evaluation.own_groups", "evaluation.attacks", "evaluation.refusals",

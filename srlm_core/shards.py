@@ -21,6 +21,8 @@ from srlm_core.methods.record import Given, Shard, Step, Training
 from srlm_core.run import Run
 from srlm_core.store import Made, digest, materialize, part_path
 
+REWARD = "reward"
+"""Role and kind of the model that rewards responses."""
 _NO_ENGINE = cast("Engine", None)  # pure table work never looks at it, and a step with a role gets a real one
 
 Parts = dict[str, list[Pending[Made]]]
@@ -69,12 +71,12 @@ def make_datasets(run: Run, t: int, policy: Model) -> dict[str, list[Made]]:
     made: Parts = {step.makes: [] for step in method.makes}
     for training, steps in _between_trainings(method.steps):
         if training is not None:
-            roles[training.role] = _train(run, training, roles, t, made)
-            shards = [replace(shard, models={**shard.models, training.role: training.name(t)}) for shard in shards]
+            taught = roles[training.role] = _find_or_train(run, training, roles, t, made)
+            shards = [replace(shard, models={**shard.models, training.role: taught.name}) for shard in shards]
         for turn in turns(steps, roles):
-            _take(run, t, turn, policy, roles, shards, made)
-    if policy.name not in run.measured:
-        _take(run, t, Turn(policy, []), policy, roles, shards, made)  # a method may never ask M_t: it is measured
+            _take(run, t, turn, roles, shards, made)
+    for model in _to_be_measured(run, roles):  # a method may never ask it: it is measured all the same
+        _take(run, t, Turn(model, []), roles, shards, made)
     done = {name: [work.result() for work in parts] for name, parts in made.items()}
     folder = run.campaign.iteration(t)
     for name, parts in done.items():
@@ -97,28 +99,36 @@ def _between_trainings(steps: Sequence[Step | Training]) -> Iterator[tuple[Train
     yield training, after
 
 
-def _take(
-    run: Run, t: int, turn: Turn, policy: Model, roles: Mapping[str, Model], shards: Sequence[Shard], made: Parts
-) -> None:
+def _to_be_measured(run: Run, roles: Mapping[str, Model]) -> list[Model]:
+    """List M_t, and who rewards its responses, unless they are measured."""
+    due = [roles[role] for role in ("policy", REWARD) if role in roles]
+    return [model for model in due if model.name not in run.measured]
+
+
+def _take(run: Run, t: int, turn: Turn, roles: Mapping[str, Model], shards: Sequence[Shard], made: Parts) -> None:
     """Do the steps of a turn with one engine open, to their end."""
     with run.phase(f"iteration {t}: sampling and judging"), run.engines() as lend:
-        due = turn.model == policy and policy.name not in run.measured
-        started = measuring.submit(run, policy, lend) if due else None
+        model, started = turn.model, None
+        if model is not None and model in _to_be_measured(run, roles):
+            submit = measuring.submit_rewards if model == roles.get(REWARD) else measuring.submit
+            started = submit(run, model, lend)
         _send(run, turn.steps, roles, shards, lend, made)
         for step in turn.steps:
             for work in made[step.makes]:
                 work.result()
-        if started is not None:
-            measuring.finish(run, policy, started)
+        if model is not None and started is not None:
+            measuring.finish(run, model, started)
 
 
-def _train(run: Run, training: Training, roles: Mapping[str, Model], t: int, made: Parts) -> Model:
-    """Train a model that later steps ask, on all that was made of what it reads."""
+def _find_or_train(run: Run, training: Training, roles: Mapping[str, Model], t: int, made: Parts) -> Model:
+    """Train a model that later steps ask, on all that was made of what it reads, or find the one the user names."""
+    if named := training.named(run.config):
+        return run.reward_model(named) if training.kind == REWARD else run.role(named, roles["policy"])
     whole = {name: _Whole([work.result() for work in made[name]]) for name in training.reads}
     config = run.config.at(t)
-    how = config.training.sft if training.kind == "sft" else config.training.dpo
+    how = getattr(config.training, training.kind)
     init = roles[training.init_from]
-    reference = None if training.kind == "sft" else roles[training.reference or training.init_from]
+    reference = roles[training.reference or training.init_from] if training.kind == "dpo" else None
     folder = run.campaign.folder / "bootstrap" if training.once else run.campaign.iteration(t)
     rows = partial(training.rows, config, run.seed_data, whole)
     return teach(run, Lesson(training.name(t), training.kind, rows, how, init, reference, folder))

@@ -67,6 +67,27 @@ def eft_examples(
     )
 
 
+def rankings(groups: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Lay out ranked groups for a reward model, a row a prompt; rows RANKINGS."""
+    return schemas.table(
+        (
+            {
+                "id": digest("ranking", group["prompt"]),
+                "prompt": [_turn("user", group["prompt"])],
+                "responses": [response["text"] for response in group["responses"]],
+                "ranks": [response["rank"] for response in group["responses"]],
+            }
+            for group in groups
+        ),
+        schemas.RANKINGS,
+    )
+
+
+def queries(prompts: pa.Table) -> pa.Table:
+    """Lay out prompts for a policy gradient; rows QUERIES."""
+    return schemas.conform(pa.table({"id": prompts["prompt_id"], "prompt": prompts["messages"]}), schemas.QUERIES)
+
+
 def preferences(pairs: pa.Table, ask: Callable[..., Sequence[Message]] | None = None) -> pa.Table:
     """Lay out pairs for DPO, with pair ids that lead back to both responses; rows PREFERENCES.
 

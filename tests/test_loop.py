@@ -352,3 +352,25 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert child.returncode == 130, said
     assert "the same command goes on" in said
     assert "Traceback" not in said
+
+
+NOBODY = "x@http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize("setting", ["judgments.judge", "prompts.generator"])
+def test_an_endpoint_that_iterations_ask_and_that_is_not_there_ends_the_run_before_anything_is_made(scripted, setting):
+    with pytest.raises(EngineDied, match=rf"{setting}=x@http.*expected an OpenAI-compatible endpoint.*Start it"):
+        scripted(f"{setting}={NOBODY}", name="none")
+    folder = scripted(name="done")
+    assert not (folder.parent / "none" / "models").exists()
+    with pytest.raises(EngineDied):
+        scripted(f"{setting}={NOBODY}", "iterations=3", name="done")
+
+
+def test_one_that_only_measures_is_told_of_at_the_start_and_missed_when_its_time_comes(scripted):
+    said = []
+    with pytest.raises(EngineDied):
+        scripted(f"evaluation.judge={NOBODY}", observers=[lambda what, details: said.append((what, details))])
+    notes = [i for i, (what, details) in enumerate(said) if what == "note" and "not there yet" in details["text"]]
+    models = [i for i, (what, _) in enumerate(said) if what == "model"]
+    assert notes[0] < models[0] < models[-1]

@@ -24,7 +24,7 @@ from srlm_core.engines.messages import Answer, Chosen, Completed, Start, Weighed
 from srlm_core.engines.nucleus import draw, uniform
 from srlm_core.engines.protocol import Completion, FinishReason, LogProb, TokenScores
 from srlm_core.engines.rendering import Renderer
-from srlm_core.engines.serving import Assess, Compare, Continue, Task, serve
+from srlm_core.engines.serving import Appraisal, Assess, Compare, Continue, Task, serve
 
 PREFILL_TOKENS = 4096
 """Tokens of one forward pass over prompts, padding included; one longer prompt goes alone."""
@@ -145,7 +145,7 @@ class Decoder:
     def add(self, task: Task) -> None:
         if isinstance(task, Continue):
             self.new.extend(Sample(task, index) for index in range(task.request.n))
-        else:
+        elif not isinstance(task, Appraisal):  # the parent asks a language model for no reward
             self.questions.append(task)
 
     def forget(self, keys: frozenset[int]) -> None:

@@ -15,8 +15,8 @@ from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.child import Child
 from srlm_core.engines.hardware import Placement
-from srlm_core.engines.messages import Choose, Draw, Question, Refused, Start, Weigh
-from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
+from srlm_core.engines.messages import Appraise, Choose, Draw, Question, Refused, Start, Weigh
+from srlm_core.engines.protocol import Completion, LogProb, Request, Reward, ScoredText, TokenScores
 from srlm_core.engines.replica import Mailbox, Replica, placements
 from srlm_core.errors import EngineDied, ModelError
 
@@ -80,14 +80,29 @@ class LocalEngine:
         self._open.close()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        self._require("generate")
         return self._ask(requests, lambda key, request: Draw(key, request), lambda request: request.n)
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:
+        self._require("logprobs")
         return self._ask(rows, lambda key, row: Weigh(key, row))
 
     def token_scores(self, requests: Iterable[Request], choices: Sequence[str]) -> Iterator[TokenScores]:
+        self._require("token_scores")
         wanted = tuple(choices)
         return self._ask(requests, lambda key, request: Choose(key, request, wanted))
+
+    def rewards(self, rows: Iterable[ScoredText]) -> Iterator[Reward]:
+        self._require("rewards")
+        return self._ask(rows, lambda key, row: Appraise(key, row))
+
+    def _require(self, asked: str) -> None:
+        if asked not in self.capabilities:
+            needed, able = "reward" if asked == "rewards" else "language", ", ".join(sorted(self.capabilities))
+            raise ModelError(
+                f"{self.model}: expected a model that can be asked for {asked}, got one for {able}. "
+                f"Name a {needed} model."
+            )
 
     def _replica(self, number: int, place: Placement) -> Replica:
         several = len(self.places) > 1

@@ -43,6 +43,18 @@ def sppo(ratios: LogProbs, chosen_score: Tensor, rejected_score: Tensor, *, beta
     return (chosen**2 + rejected**2) / 2
 
 
+def ranking(rewards: Tensor, ranks: Tensor, *, margin: float = 0.0, centre: float = 0.0) -> Tensor:
+    """Bradley-Terry loss of one prompt's N ranked responses, both [N], rank 0 the best (arXiv:2203.02155, equation 1).
+
+    The mean over the pairs of unequal rank: a prompt counts once, however many responses it has, or those with many
+    would be learnt by heart (section 3.5). Rewards 2, 1, 0 in their order: 0.251150. `margin` is what the better one is
+    to lead by, `centre` the weight of (sum of both rewards)^2.
+    """
+    better, worse = torch.nonzero(ranks[:, None] < ranks[None, :], as_tuple=True)
+    lead, both = rewards[better] - rewards[worse], rewards[better] + rewards[worse]
+    return (-logsigmoid(lead - margin) + centre * both**2).mean()
+
+
 def nll(logprob: Tensor, n_tokens: Tensor) -> Tensor:
     """Negative log-likelihood per token, of each response by itself (arXiv:2404.19733, equation 1).
 

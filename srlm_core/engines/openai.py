@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines.protocol import Completion, LogProb, Missing, Request, ScoredText, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Missing, Request, Reward, ScoredText, TokenScores
 from srlm_core.errors import ConfigError, EngineDied, ModelError
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ class OpenAIEngine:
             f"expected an engine that weighs given responses, got the endpoint {self.url}. "
             "Run that model locally for this."
         )
+
+    def rewards(self, rows: Iterable[ScoredText]) -> Iterator[Reward]:
+        raise ModelError(f"expected a reward model, got the endpoint {self.url}. Name its folder or hub id.")
 
     # -------------------------------------------------------------------------------------------- one request each
 
@@ -254,7 +257,7 @@ class OpenAIEngine:
     def _unreachable(self, error: Exception) -> EngineDied:
         reason = error.__cause__ or error
         return EngineDied(
-            f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend engine.base_url."
+            f"{self.url}: expected an OpenAI-compatible endpoint, got: {reason}. Start it, or mend its address."
         )
 
 

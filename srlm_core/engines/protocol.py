@@ -1,4 +1,4 @@
-"""The protocol every engine speaks: generate, logprobs, token_scores.
+"""The protocol every engine speaks: generate, logprobs, token_scores; and rewards, where the model is a reward model.
 
 An engine yields results as they finish, in any order; each carries the id of what asked for it. Several threads
 may call one engine at once, and it batches over all of them. What does not fit the context is refused, never cut.
@@ -84,6 +84,18 @@ class LogProb(NamedTuple):
     """Whether greedy decoding would have said exactly this response."""
 
 
+class Reward(NamedTuple):
+    """What a reward model gives a response: a number without a unit, of which only differences mean something.
+
+    Null if prompt and response are too long.
+    """
+
+    id: str
+    reward: float | None
+    n_tokens: int
+    """Of prompt and response."""
+
+
 class TokenScores(NamedTuple):
     """Natural-log probabilities of the choices at the next position, in the choices' order; null: see `missing`.
 
@@ -109,7 +121,10 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Which of `generate`, `logprobs`, `token_scores` it can do; an endpoint may lack some."""
+        """Which of `generate`, `logprobs`, `token_scores`, `rewards` it can do.
+
+        A language model gives no rewards, a reward model nothing else, and an endpoint may lack some.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -128,4 +143,8 @@ class Engine(Protocol):
 
         Each choice must be one token after the prefix; raises ModelError where the tokenizer splits one.
         """
+        ...
+
+    def rewards(self, rows: Iterable[ScoredText]) -> Iterator[Reward]:
+        """Yield the reward of each response; raises ModelError where the model is no reward model."""
         ...

@@ -66,6 +66,14 @@ class Renderer:
             )
         return Asked(self._ids(prompt, chat=True), response_ids[: last + 1])
 
+    def whole(self, messages: Sequence[Message], response: str) -> list[int]:
+        """Return the ids of a prompt and a response to it as one text, to the last word that the template writes.
+
+        That is what reward models are trained on.
+        """
+        turn: Message = {"role": "assistant", "content": response}
+        return self._ids(self.tokenizer.apply_chat_template([*messages, turn], tokenize=False), chat=True)
+
     def raw(self, prefix: str, response: str) -> Asked:
         """Return the ids of a raw text and of what continues it, split where the text ends.
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import pyarrow.parquet as pq
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines.protocol import Completion, LogProb, Request, ScoredText, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Request, Reward, ScoredText, TokenScores
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.errors import ModelError
 from srlm_core.store import seed_for, write_json
@@ -73,7 +73,7 @@ class ScriptedEngine:
     """Answers, writes prompts and judges by rule, from the request's seed alone."""
 
     kind = "scripted"
-    capabilities = frozenset({"generate", "logprobs", "token_scores"})
+    capabilities = frozenset({"generate", "logprobs", "token_scores", "rewards"})
 
     def __init__(self, config: EngineConfig, model: Path) -> None:
         self.context = config.context
@@ -95,6 +95,11 @@ class ScriptedEngine:
             n_tokens, noise = len(row.response.split()) + 1, random.Random(seed_for("p", row.response, self.skill))
             liked = (0.5 + self.skill / 2) * quality(row.response) / 5  # the better it is, the more sound points count
             yield LogProb(row.id, -n_tokens * (2 - liked) + noise.gauss(0, 0.5), n_tokens, False)
+
+    def rewards(self, rows: Iterable[ScoredText]) -> Iterator[Reward]:
+        for row in rows:
+            noise = random.Random(seed_for("reward", row.response, self.skill)).gauss(0, 1.2 - self.skill)
+            yield Reward(row.id, quality(row.response) - 2.5 + noise, _n_words(row.response))
 
     def token_scores(self, requests: Iterable[Request], choices: Sequence[str]) -> Iterator[TokenScores]:
         for request in requests:

@@ -14,6 +14,8 @@ from srlm_core.config import EngineConfig
 from srlm_core.engines.child import Channel, channel_to_parent
 from srlm_core.engines.messages import (
     Answer,
+    Appraise,
+    Appraised,
     Chosen,
     Completed,
     Draw,
@@ -26,7 +28,7 @@ from srlm_core.engines.messages import (
     Weigh,
     Weighed,
 )
-from srlm_core.engines.protocol import Completion, LogProb, Request, TokenScores
+from srlm_core.engines.protocol import Completion, LogProb, Request, Reward, TokenScores
 from srlm_core.engines.rendering import Renderer, context_of
 from srlm_core.errors import ModelError
 
@@ -57,7 +59,18 @@ class Compare(NamedTuple):
     tokens: list[int]
 
 
-Task = Continue | Assess | Compare
+class Appraisal(NamedTuple):
+    """Reward a prompt and its response; answered by one Appraised."""
+
+    key: int
+    id: str
+    prompt: list[int]
+    """Both, as one text."""
+
+
+LanguageTask = Continue | Assess | Compare
+"""What a language model is asked; a reward model is asked for appraisals alone."""
+Task = LanguageTask | Appraisal
 
 
 class Runner(Protocol):
@@ -169,6 +182,9 @@ def as_task(question: Question, renderer: Renderer) -> Task:
         row = question.row
         asked = renderer.scored(row.messages, row.response) if row.messages else renderer.raw(row.prefix, row.response)
         return Assess(question.key, row.id, *asked)
+    if isinstance(question, Appraise):
+        row = question.row
+        return Appraisal(question.key, row.id, renderer.whole(row.messages, row.response))
     asked = renderer.choices(question.request.messages, question.request.prefix, question.choices)
     return Compare(question.key, question.request.id, *asked)
 
@@ -177,6 +193,8 @@ def fits(task: Task, context: int) -> bool:
     """Whether prompt and completion, or prompt, response and one more token, fit the context."""
     if isinstance(task, Continue):
         return len(task.prompt) + task.request.sampling.max_tokens <= context
+    if isinstance(task, Appraisal):
+        return len(task.prompt) <= context
     return len(task.prompt) + (len(task.tokens) if isinstance(task, Assess) else 0) + 1 <= context
 
 
@@ -187,8 +205,10 @@ def refusals(task: Task) -> Sequence[Answer]:
         return [Completed(task.key, Completion(request.id, i, "", 0, "too_long")) for i in range(request.n)]
     if isinstance(task, Assess):
         return [Weighed(task.key, LogProb(task.id, None, len(task.tokens), False))]
+    if isinstance(task, Appraisal):
+        return [Appraised(task.key, Reward(task.id, None, len(task.prompt)))]
     return [Chosen(task.key, TokenScores(task.id, None))]
 
 
-def _send(channel: Channel, word: Ready | Refused | Completed | Weighed | Chosen) -> None:
+def _send(channel: Channel, word: Ready | Refused | Answer) -> None:
     channel.send(msgspec.msgpack.encode(word))

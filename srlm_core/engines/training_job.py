@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from srlm_core.config import DpoConfig, Settings, SftConfig
+from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, Settings, SftConfig
 from srlm_core.engines.child import Child
 from srlm_core.errors import TrainingFailed
 
@@ -31,25 +31,31 @@ _SURROUNDINGS = {
 """Environment of the child, where ours does not say otherwise."""
 
 
+SETTINGS = {"sft": SftConfig, "dpo": DpoConfig, "reward": RewardConfig, "online": OnlineConfig}
+
+
 class TrainingJob(Settings):
     """Everything one training run depends on."""
 
-    kind: Literal["sft", "dpo"]
+    kind: Literal["sft", "dpo", "reward", "online"]
     rows: Path
     """Parquet. sft: id, prompt, completion; dpo: id, prompt, chosen, rejected; all but id lists of {role, content}.
     dpo also: label and weight, chosen_score and rejected_score (engines/losses.py), null where the loss reads none;
-    loss `scir` also: asked_ab and asked_ba, messages that ask which response is better, chosen or rejected first."""
+    loss `scir` also: asked_ab and asked_ba, messages that ask which response is better, chosen or rejected first.
+    reward: id, prompt, responses (texts), ranks (0 = best); online: id, prompt."""
     heldout: Path | None = None
     """Rows that choose among checkpoints, same columns; null = no early stopping."""
     init_from: Path
     """Checkpoint folder that training starts from."""
     reference: Path | None = None
     """dpo: checkpoint folder of the frozen model in the loss; null = init_from."""
+    reward_model: Path | None = None
+    """online: checkpoint folder of the model that rewards."""
     output: Path
     """Folder of the finished model; must not exist yet."""
     work_dir: Path
     """Checkpoints, log and reference log-probabilities, while it runs; the log stays."""
-    settings: SftConfig | DpoConfig
+    settings: SftConfig | DpoConfig | RewardConfig | OnlineConfig
     seed: int = 0
     trust_remote_code: bool = False
     threads: int | None = Field(None, ge=1)
@@ -57,10 +63,12 @@ class TrainingJob(Settings):
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> Self:
-        if isinstance(self.settings, DpoConfig) != (self.kind == "dpo"):
+        if type(self.settings) is not SETTINGS[self.kind]:
             raise ValueError(f"a job of kind {self.kind!r} came with {type(self.settings).__name__}.")
-        if self.kind == "sft" and self.reference is not None:
-            raise ValueError("reference is for jobs of kind 'dpo': supervised fine-tuning has no reference model.")
+        if self.kind in ("sft", "reward") and self.reference is not None:
+            raise ValueError(f"reference is for jobs of kind 'dpo' and 'online', not for {self.kind!r}.")
+        if (self.kind == "online") != (self.reward_model is not None):
+            raise ValueError(f"a job of kind 'online' needs a reward_model, and no other does; this is {self.kind!r}.")
         if isinstance(self.settings, DpoConfig) and not self.settings.labelled and self.heldout is not None:
             raise ValueError(f"heldout rows check by which response is better, and loss={self.settings.loss} has none.")
         return self
@@ -94,6 +102,8 @@ class TrainingResult(Settings):
     gpu_memory_mib: float | None
     best_step: int
     """Step whose weights were saved: the last one without a held-out check."""
+    generated_tokens: int = 0
+    """Sampled on the way."""
     precision: Literal["float32", "bfloat16"]
     """Arithmetic that `auto` came to."""
 

@@ -18,3 +18,10 @@ class TransformersEngine(LocalEngine):
             "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
         } | hardware.openmp(place.cores)  # fmt: skip
+
+
+class RewardEngine(TransformersEngine):
+    """The same for a reward model; engines/rewarding.py is the child's."""
+
+    module = "srlm_core.engines.rewarding"
+    capabilities = frozenset({"rewards"})

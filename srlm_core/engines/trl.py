@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srlm_core import schemas
-from srlm_core.config import DpoConfig
+from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, SftConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.child import channel_to_parent
 from srlm_core.engines.rendering import Asked, Renderer
@@ -36,7 +36,8 @@ os.environ.update(
 )  # fmt: skip
 if __name__ == "__main__":
     # transformers imports what it finds and training never calls: a second and a half of start-up
-    for unused in ("sklearn", "scipy", "vllm", "deepspeed", "mlflow", "wandb"):
+    sampler = () if '"vllm": true' in Path(sys.argv[1]).read_text() else ("vllm",)
+    for unused in ("sklearn", "scipy", *sampler, "deepspeed", "mlflow", "wandb"):
         sys.modules[unused] = None  # type: ignore[assignment]
     # transformers and TRL each read the metadata of every installed package: once is enough
     importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
@@ -57,14 +58,16 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from srlm_core.engines import losses
 from srlm_core.engines.packed import pack
+from srlm_core.engines.trainers import ByRow, Ours, StepSampler
 
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
 trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
 # Names a cache that we do not use, at the price of reading every weight
 trl.trainer.dpo_trainer.hash_module = lambda module: ""  # pyright: ignore[reportPrivateImportUsage]
 
-_COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected")}
-_NUMBERS = {"sft": (), "dpo": ("label", "weight", "chosen_score", "rejected_score")}
+_COMPLETIONS = {"sft": ("completion",), "dpo": ("chosen", "rejected"), "reward": (), "online": ()}
+_NUMBERS = {"sft": (), "dpo": ("label", "weight", "chosen_score", "rejected_score"), "reward": (), "online": ()}
+_RANKED = {"reward": ("responses", "ranks")}
 _QUESTIONS = ("asked_ab", "asked_ba")
 """Which of the two is better, chosen shown first and rejected shown first; for a loss that asks the model."""
 _ASKED = ("question_ids", "question_mask", "question_choices")
@@ -85,7 +88,10 @@ _EXPECTED = {
 """What must stand beside a pair that is trained on, and what to do where it does not."""
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
                     "*.jinja", "chat_templates", "*.tiktoken", "*.py")  # fmt: skip
-_CHECKS = {"sft": ("eval_loss", False), "dpo": ("eval_rewards/accuracies", True)}
+_CHECKS = {
+    "sft": ("eval_loss", False), "dpo": ("eval_rewards/accuracies", True), "reward": ("eval_accuracy", True),
+    "online": ("eval_reward", True),
+}  # fmt: skip
 """The held-out check of each kind, and whether more is better."""
 
 
@@ -102,18 +108,25 @@ class Tokenized(NamedTuple):
     """What stands beside the texts: label, weight and scores of a pair."""
     questions: tuple[Asked, ...] = ()
     """What the loss asks the model of a pair, in both orders, up to where it would say `A` or `B`; and those tokens."""
+    ranks: tuple[int, ...] = ()
+    """Of a ranking's texts, which stand as completions of no prompt: 0 = best."""
+    room: int = 0
+    """Most tokens of a completion that is still to be sampled."""
+    messages: Sequence[dict[str, str]] = ()
+    """What is asked, for a trainer that renders it itself."""
 
     @property
     def n_tokens(self) -> int:
         """Length of the longest sequence that training would see."""
         return max(
-            len(self.prompt) + max(map(len, self.completions)), *(len(asked.prompt) for asked in self.questions), 0
-        )
+            len(self.prompt) + max(map(len, self.completions), default=self.room),
+            *(len(asked.prompt) for asked in self.questions), 0,
+        )  # fmt: skip
 
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
     """Read a job's Parquet file; raises TrainingFailed with words if it is not one."""
-    columns = ["id", "prompt", *_COMPLETIONS[kind], *_NUMBERS[kind]]
+    columns = ["id", "prompt", *_COMPLETIONS[kind], *_NUMBERS[kind], *_RANKED.get(kind, ())]
     try:
         found = pq.read_schema(path).names
         if missing := [column for column in columns if column not in found]:
@@ -197,7 +210,13 @@ def end_tokens(tokenizer: Any, generation: GenerationConfig) -> set[int]:
 
 
 def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
-    """Columns as TRL names them once tokenized."""
+    """Columns as the trainer names them, tokenized; a trainer that samples is given messages."""
+    if kind == "online":
+        return Dataset.from_list([{"prompt": row.messages} for row in rows])
+    if kind == "reward":
+        return Dataset.from_dict({
+            "texts": [row.completions for row in rows], "ranks": [row.ranks for row in rows],
+        })  # fmt: skip
     if kind == "sft":
         return Dataset.from_dict({
             "input_ids": [row.prompt + row.completions[0] for row in rows],
@@ -215,75 +234,20 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
 # --------------------------------------------------------------------------------------------------------- trainers
 
 
-class StepSampler(torch.utils.data.Sampler[int]):
-    """Random steps of `batch_size` rows of like length: out of each pool of random rows, sorted.
-
-    Like rows pad little and share long beginnings, and a judgment's few tokens do not drown among an answer's hundreds.
-    Which rows make a step depends on seed, epoch and lengths alone: neither micro batch nor resumption changes it.
-    """
-
-    POOL = 16
-    """Most steps' worth of rows in a pool; half the steps where there are fewer, or every seed would make the same."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        rest = len(order) % self.batch_size
-        whole = order[: len(order) - rest]
-        pool = min(self.POOL, max(1, len(whole) // self.batch_size // 2)) * self.batch_size
-        pooled = [row for start in range(0, len(whole), pool) for row in self._by_length(whole[start : start + pool])]
-        steps = [pooled[start : start + self.batch_size] for start in range(0, len(pooled), self.batch_size)]
-        for step in torch.randperm(len(steps), generator=generator).tolist():
-            yield from steps[step]
-        yield from self._by_length(order[len(whole) :])  # a step that is not full comes last, as the trainer counts
-
-    def _by_length(self, rows: list[int]) -> list[int]:
-        return sorted(rows, key=lambda row: (-self.lengths[row], row))
-
-
-class _Ours:
-    """What both trainers do our way: steps by StepSampler, means over rows, no model card."""
-
-    sampler: StepSampler
-    model: Any
-    accelerator: Any
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
-        return self.sampler
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: the store says where a model came from."""
-
-    def _send_telemetry(self) -> None:
-        """Send none."""
-
-
-class _Sft(_Ours, SFTTrainer):
+class _Sft(Ours, SFTTrainer):
     """SFTTrainer on rows that are tokenized already."""
 
 
-class _Dpo(_Ours, DPOTrainer):
-    """DPOTrainer on rows that are tokenized already; a row of a step counts the same whatever its micro batch.
+class _Dpo(ByRow, DPOTrainer):
+    """DPOTrainer on rows that are tokenized already.
 
     Where each pair is certain and weighs 1 and nothing but DPO's own loss is asked for, that is TRL's, untouched.
     """
-
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self, *args: Any, settings: DpoConfig, plain: bool, folder: Path, report: "Report", **kwargs: Any
     ) -> None:
         self.settings, self.plain, self.folder, self.report = settings, plain, folder, report
-        self._micro_rows: dict[str, list[int]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         self.ref_model = None  # its log-probabilities are on file: the memory of one model is enough
         self.beside = losses.reads(settings)
@@ -291,8 +255,8 @@ class _Dpo(_Ours, DPOTrainer):
             self.loss_weights = [0.0]  # of TRL's loss the auxiliary one of experts stays, where a model has them
             self.data_collator = _with_numbers(self.data_collator, self.beside)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
+    def n_rows(self, batch: Any) -> int:
+        return batch["input_ids"].shape[0] // 2
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Score each pair once under the reference, into a file that survives us: the reference never changes."""
@@ -314,20 +278,6 @@ class _Dpo(_Ours, DPOTrainer):
         for role in ("chosen", "rejected"):
             dataset = dataset.add_column(f"ref_{role}_logps", [known[i][role] for i in range(len(dataset))])
         return dataset
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        samples, _ = super().get_batch_samples(*args, **kwargs)
-        n_rows = torch.tensor(sum(_n_pairs(sample) for sample in samples), device=self.args.device)
-        return samples, self.accelerator.gather(n_rows).sum()
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        self._micro_rows["train" if self.model.training else "eval"].append(_n_pairs(inputs))
-        loss = super().compute_loss(model, inputs, return_outputs)
-        if num_items_in_batch is None:
-            return loss
-        return loss * _n_pairs(inputs) * self.accelerator.num_processes / num_items_in_batch
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """Let TRL pass the batch through the model and keep its metrics; put our loss in the place of its own."""
@@ -352,14 +302,6 @@ class _Dpo(_Ours, DPOTrainer):
         chosen_mask, _ = texts["completion_mask"].chunk(2)
         return losses.of_rows(policy, _reference(texts), chosen_mask.sum(dim=1), given, self.settings)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        weights, self._micro_rows[mode] = self._micro_rows[mode], []
-        for name, values in self._metrics[mode].items():
-            if len(values) == len(weights) and weights:
-                self._metrics[mode][name] = [sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)]
-        super().log(logs, start_time)
-
 
 class _Scir(_Dpo):
     """Pairs without labels: the model is asked which response is better, too, in a second pass (losses.scir)."""
@@ -372,7 +314,7 @@ class _Scir(_Dpo):
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         loss = super()._compute_loss(model, inputs, return_outputs)
         for name in _OF_LABELS:
-            self._metrics[self._mode].pop(name, None)
+            self._metrics[self.mode].pop(name, None)
         return loss
 
     def _of_rows(self, model: Any, policy: losses.LogProbs, texts: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -384,7 +326,7 @@ class _Scir(_Dpo):
         )  # fmt: skip
         means = self.accelerator.gather(torch.stack(list(seen.values()))[None].mean(dim=-1)).mean(dim=0)
         for name, value in zip(seen, means.tolist(), strict=True):
-            self._metrics[self._mode][f"scir/{name}"].append(value)
+            self._metrics[self.mode][f"scir/{name}"].append(value)
         return given["weight"] * rows
 
     def _verdicts(self, model: Any, given: dict[str, torch.Tensor]) -> losses.Verdicts:
@@ -396,10 +338,6 @@ class _Scir(_Dpo):
         of_a, of_b = logits[torch.arange(len(ids), device=ids.device), which].gather(1, choices).unbind(dim=1)
         chosen_first, rejected_first = (of_a - of_b).chunk(2)
         return losses.Verdicts(chosen_first, -rejected_first)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
 
 @contextmanager
@@ -449,10 +387,6 @@ def is_plain(settings: DpoConfig, rows: Iterable[Tokenized]) -> bool:
     """Whether the loss is DPO's own: every pair is certain and weighs 1, and nothing is added."""
     hard = {"label": 1, "weight": 1}
     return (settings.loss, settings.nll) == ("sigmoid", 0) and all(row.numbers.items() >= hard.items() for row in rows)
-
-
-def _n_pairs(batch: dict[str, torch.Tensor]) -> int:
-    return batch["input_ids"].shape[0] // 2
 
 
 # ---------------------------------------------------------------------------------- what happens between the steps
@@ -586,11 +520,20 @@ def run(job: TrainingJob, report: Report) -> TrainingResult:
         memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         gpu_memory_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
         best_step=(state.best_global_step if heldout else None) or state.global_step,
+        generated_tokens=_generated(job, steps_of(state)),
         precision="bfloat16" if trainer.args.bf16 else "float32",
     )  # fmt: skip
     (job.work_dir / "result.json").write_text(result.model_dump_json(indent=2))
     shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
     return result
+
+
+def _generated(job: TrainingJob, log: Sequence[dict[str, Any]]) -> int:
+    if not isinstance(job.settings, OnlineConfig):
+        return 0
+    from srlm_core.engines.online_training import generated_tokens
+
+    return generated_tokens(log, job.settings)
 
 
 def claim(job: TrainingJob) -> TrainingResult | None:
@@ -631,19 +574,13 @@ def load_rows(
         raise TrainingFailed(
             f"training ({job.kind}): expected a chat template in {job.init_from}, got none. Add a chat_template.jinja."
         )
-    ends = end_tokens(tokenizer, _generation_config(job.init_from))
-    asks = isinstance(job.settings, DpoConfig) and not job.settings.labelled
-    renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code) if asks else None
+    tokens_of = tokenizer_of(job, tokenizer)
     sources = [("too_long", job.rows)] + ([("heldout_too_long", job.heldout)] if job.heldout is not None else [])
     kept: dict[str, list[Tokenized]] = {"too_long": [], "heldout_too_long": []}
     dropped = []
     for reason, path in sources:
         for row in read_rows(path, job.kind):
-            if isinstance(job.settings, DpoConfig):
-                check_numbers(row, job.settings)
-            tokenized = tokenize(row, job.kind, tokenizer, ends)
-            if renderer is not None:
-                tokenized = tokenized._replace(questions=questions(row, renderer))
+            tokenized = tokens_of(row)
             if tokenized.n_tokens > job.settings.max_length:
                 dropped.append(DroppedRow(tokenized.id, reason, tokenized.n_tokens))
                 report(event="dropped", **dropped[-1]._asdict())
@@ -658,6 +595,30 @@ def load_rows(
                 f"{path}, got none: the shortest has {shortest}. Raise max_length."
             )
     return kept["too_long"], kept["heldout_too_long"], dropped
+
+
+def tokenizer_of(job: TrainingJob, tokenizer: Any) -> Callable[[dict[str, Any]], Tokenized]:
+    """Return what makes tokens of a row of the job's kind."""
+    settings = job.settings
+    ends = end_tokens(tokenizer, _generation_config(job.init_from))
+    renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code)
+
+    def of_row(row: dict[str, Any]) -> Tokenized:
+        if isinstance(settings, RewardConfig):
+            from srlm_core.engines.reward_training import texts_of
+
+            return Tokenized(row["id"], [], texts_of(row, renderer), {}, ranks=tuple(row["ranks"]))
+        if isinstance(settings, OnlineConfig):
+            prompt = renderer.prompt(row["prompt"], "")
+            return Tokenized(row["id"], prompt, (), {}, room=settings.sampling.max_tokens, messages=row["prompt"])
+        if isinstance(settings, DpoConfig):
+            check_numbers(row, settings)
+        tokenized = tokenize(row, job.kind, tokenizer, ends)
+        if isinstance(settings, DpoConfig) and not settings.labelled:
+            return tokenized._replace(questions=questions(row, renderer))
+        return tokenized
+
+    return of_row
 
 
 def _generation_config(model: Path) -> GenerationConfig:
@@ -681,7 +642,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def look_for_models(job: TrainingJob) -> None:
     """Fail early, and in plain words, where a checkpoint is not."""
-    for role, path in (("init_from", job.init_from), ("reference", job.reference)):
+    roles = (("init_from", job.init_from), ("reference", job.reference), ("reward_model", job.reward_model))
+    for role, path in roles:
         if path is not None and not (path / "config.json").exists():
             raise TrainingFailed(
                 f"training ({job.kind}): expected a checkpoint folder with a config.json as {role}, got {path}. "
@@ -692,9 +654,14 @@ def look_for_models(job: TrainingJob) -> None:
 def load_model(path: Path, job: TrainingJob) -> Any:
     """Load a checkpoint in float32: a step of 1e-6 is below the resolution of a bfloat16 weight."""
     found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
-    if not torch.cuda.is_available() and not job.settings.gradient_checkpointing:
-        pack(found)  # not on a GPU: many small calls of attention, unmeasured there
+    if packs(job):
+        pack(found)
     return found
+
+
+def packs(job: TrainingJob) -> bool:
+    """Whether batches are computed as trees: not on a GPU, where many small calls of attention are unmeasured."""
+    return not torch.cuda.is_available() and not job.settings.gradient_checkpointing
 
 
 def use_bfloat16(precision: str) -> bool:
@@ -705,13 +672,14 @@ def use_bfloat16(precision: str) -> bool:
 def micro_batches(job: TrainingJob) -> tuple[int, int]:
     """Split a step over devices and forward passes: rows of one pass, passes a device accumulates."""
     devices, settings = int(os.environ.get("WORLD_SIZE", "1")), job.settings
-    micro = min(settings.micro_batch_size, max(1, settings.batch_size // devices))
-    if settings.batch_size % (micro * devices):
+    step = settings.batch_size * (settings.n if isinstance(settings, OnlineConfig) else 1)
+    micro = min(settings.micro_batch_size, max(1, step // devices))
+    if step % (micro * devices):
         raise TrainingFailed(
             f"training ({job.kind}): expected batch_size to be a multiple of micro_batch_size x devices, got "
-            f"{settings.batch_size} and {micro} x {devices}. Change batch_size or micro_batch_size."
+            f"{step} and {micro} x {devices}. Change batch_size or micro_batch_size."
         )
-    return micro, settings.batch_size // (micro * devices)
+    return micro, step // (micro * devices)
 
 
 def arguments(job: TrainingJob, heldout: bool) -> dict[str, Any]:
@@ -744,37 +712,79 @@ def make_trainer(
 ) -> Any:
     """Put model, rows and settings into TRL's trainer."""
     given: dict[str, Any] = {
-        "model": load_model(job.init_from, job), "processing_class": tokenizer, "peft_config": lora(job),
-        "train_dataset": as_dataset(rows, job.kind), "eval_dataset": as_dataset(heldout, job.kind) if heldout else None,
+        "processing_class": tokenizer, "peft_config": lora(job), "train_dataset": as_dataset(rows, job.kind),
+        "eval_dataset": as_dataset(heldout, job.kind) if heldout else None,
         "callbacks": [Log(job, report), Checkpoints(job, report), *([EarlyStop(job)] if heldout else [])],
     }  # fmt: skip
     words = arguments(job, bool(heldout))
-    if isinstance(job.settings, DpoConfig):
-        reference = job.reference or job.init_from
-        is_itself = reference.resolve() == job.init_from.resolve()
-        words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
-        words |= {"remove_unused_columns": False}  # every column of ours is there to be used
-        trainer = (_Dpo if job.settings.labelled else _Scir)(
-            args=DPOConfig(beta=job.settings.beta, **words),
-            ref_model=None if is_itself else load_model(reference, job),
-            settings=job.settings, plain=is_plain(job.settings, [*rows, *heldout]), folder=job.work_dir, report=report,
-            **given,
-        )  # fmt: skip
+    if isinstance(job.settings, SftConfig):
+        trainer: Any = _Sft(model=load_model(job.init_from, job), args=SFTConfig(**words), **given)
+    elif isinstance(job.settings, DpoConfig):
+        trainer = _preference_trainer(job, is_plain(job.settings, [*rows, *heldout]), words, given, report)
+    elif isinstance(job.settings, RewardConfig):
+        trainer = _reward_trainer(job, job.settings, words, given)
     else:
-        trainer = _Sft(args=SFTConfig(**words), **given)
+        trainer = _online_trainer(job, job.settings, len(rows), words, given)
     trainer.sampler = StepSampler([row.n_tokens for row in rows], job.settings.batch_size, job.seed)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
+def _preference_trainer(
+    job: TrainingJob, plain: bool, words: dict[str, Any], given: dict[str, Any], report: Report
+) -> Any:
+    assert isinstance(job.settings, DpoConfig)
+    reference = job.reference or job.init_from
+    is_itself = reference.resolve() == job.init_from.resolve()
+    words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
+    words |= {"remove_unused_columns": False}  # every column of ours is there to be used
+    return (_Dpo if job.settings.labelled else _Scir)(
+        model=load_model(job.init_from, job), args=DPOConfig(beta=job.settings.beta, **words),
+        ref_model=None if is_itself else load_model(reference, job),
+        settings=job.settings, plain=plain, folder=job.work_dir, report=report, **given,
+    )  # fmt: skip
+
+
+def _reward_trainer(job: TrainingJob, settings: RewardConfig, words: dict[str, Any], given: dict[str, Any]) -> Any:
+    from srlm_core.engines import reward_training
+
+    renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code)
+    model = reward_training.load(
+        job.init_from, renderer, seed=job.seed, trust_remote_code=job.trust_remote_code, packed=packs(job)
+    )
+    words |= {"remove_unused_columns": False}
+    return reward_training.Reward(model=model, settings=settings, words=words, **given)
+
+
+def _online_trainer(
+    job: TrainingJob, settings: OnlineConfig, n_rows: int, words: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    from srlm_core.engines import online_training
+
+    if n_rows < settings.batch_size:
+        raise TrainingFailed(
+            f"training (online): expected prompts for one step at least, batch_size={settings.batch_size}, got "
+            f"{n_rows}. Lower training.online.batch_size, or raise prompts.target."
+        )
+    assert job.reward_model is not None
+    ends = Renderer(job.init_from, trust_remote_code=job.trust_remote_code).ends
+    model = load_model(job.init_from, job)
+    model.config._name_or_path = str(job.reference or job.init_from)  # where TRL loads the reference from
+    return online_training.Online(
+        model=model, args=online_training.arguments(settings, words),
+        reward_funcs=online_training.rewarder(job.reward_model, ends, trust_remote_code=job.trust_remote_code),
+        **given,
+    )  # fmt: skip
+
+
 def lora(job: TrainingJob) -> Any:
-    """LoRA on every linear layer but the head, or None for full weights."""
+    """LoRA on every linear layer but the head, or None for full weights; a reward model's head is trained whole."""
     if job.settings.lora_rank == 0:
         return None
     from peft import LoraConfig
 
-    rank = job.settings.lora_rank
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    rank, task = job.settings.lora_rank, "SEQ_CLS" if job.kind == "reward" else "CAUSAL_LM"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
 
 
 def fit(trainer: Any, job: TrainingJob, checkpoint: Path | None) -> None:
@@ -804,6 +814,8 @@ def save(trainer: Any, job: TrainingJob) -> None:
     for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
         for source in job.init_from.glob(pattern):
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, aside / source.name)
+    if job.kind == "reward":  # with the padding that it was trained with, or others would read it at another token
+        trainer.processing_class.save_pretrained(aside)
     aside.rename(job.output)
 
 

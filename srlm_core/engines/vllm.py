@@ -10,7 +10,7 @@ from srlm_core.engines.local import LocalEngine
 from srlm_core.engines.messages import Answer, Chosen, Completed, Start, Weighed
 from srlm_core.engines.protocol import Completion, LogProb, Sampling, TokenScores
 from srlm_core.engines.rendering import Renderer
-from srlm_core.engines.serving import Assess, Continue, Task, serve
+from srlm_core.engines.serving import Appraisal, Assess, Continue, LanguageTask, Task, serve
 
 _GIB = 2**30
 EXTRA = "srlm_draw"
@@ -44,7 +44,7 @@ class VllmRunner:
 
         self._ends, self._nucleus = sorted(renderer.ends), not start.gpu
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments(start, config, context)))
-        self._tasks: dict[str, tuple[Task, int]] = {}
+        self._tasks: dict[str, tuple[LanguageTask, int]] = {}
 
     @property
     def busy(self) -> bool:
@@ -56,7 +56,7 @@ class VllmRunner:
                 self._add(task, index, task.prompt, self._sampling(task, index))
         elif isinstance(task, Assess):
             self._add(task, 0, task.prompt + task.tokens, _one_token(prompt_logprobs=0))
-        else:
+        elif not isinstance(task, Appraisal):  # the parent asks a language model for no reward
             self._add(task, 0, task.prompt, _one_token(logprob_token_ids=task.tokens))
 
     def step(self) -> list[Answer]:
@@ -69,7 +69,7 @@ class VllmRunner:
         for name in dropped:
             del self._tasks[name]
 
-    def _add(self, task: Task, index: int, ids: list[int], sampling: Any) -> None:
+    def _add(self, task: LanguageTask, index: int, ids: list[int], sampling: Any) -> None:
         from vllm.inputs.engine import tokens_input
 
         name = f"{task.key}.{index}"
@@ -86,7 +86,7 @@ class VllmRunner:
             output_kind=RequestOutputKind.FINAL_ONLY, **drawing(asked, task.request.seed + index, self._nucleus),
         )  # fmt: skip
 
-    def _answer(self, task: Task, index: int, output: Any) -> Answer:
+    def _answer(self, task: LanguageTask, index: int, output: Any) -> Answer:
         if isinstance(task, Continue):
             done = output.outputs[0]
             reason = "length" if done.finish_reason == "length" else "stop"

@@ -31,7 +31,8 @@ def require_fit(config: RunConfig) -> None:
 
 def _refuses_points(config: RunConfig) -> str | None:
     """Refuse the loss that takes scores for probabilities where they are none."""
-    if config.training.dpo.loss != "sppo" or METHODS[config.method].scores_win_rates(config):
+    method = METHODS[config.method]
+    if config.training.dpo.loss != "sppo" or method.learns != "dpo" or method.scores_win_rates(config):
         return None
     return (
         f"training.dpo.loss=sppo reads the scores of a pair as win rates, and method={config.method} pairs by others. "
@@ -43,7 +44,7 @@ def _refuses_points(config: RunConfig) -> str | None:
 def _refuses_loss(config: RunConfig) -> str | None:
     """Refuse labelled pairs for a loss that finds the label out by itself, and unlabelled ones for any other."""
     labels, loss = METHODS[config.method].labels, config.training.dpo.loss
-    if labels == config.training.dpo.labelled:
+    if labels == config.training.dpo.labelled or METHODS[config.method].learns != "dpo":
         return None
     wants = "says which response of a pair is better" if labels else "leaves open which response of a pair is better"
     takes = "finds that out by itself" if labels else "has to be told"

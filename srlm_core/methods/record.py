@@ -81,7 +81,7 @@ class Training:
     """A model that is trained between the steps; those after it may ask it by its role."""
 
     role: str
-    kind: Literal["sft", "dpo"]
+    kind: Literal["sft", "dpo", "reward"]
     reads: tuple[str, ...]
     """The datasets that it learns from, all shards of each."""
     rows: Callable[[RunConfig, SeedData, Mapping[str, Iterable[pa.Table]]], Iterable[pa.Table]]
@@ -92,6 +92,8 @@ class Training:
     """Role of the frozen model in the loss; null = the one it begins with."""
     once: bool = False
     """The same for all iterations, as long as its rows are."""
+    named: Callable[[RunConfig], str | None] = lambda config: None
+    """Another model that the user names to play the role; then nothing is trained."""
 
     def name(self, t: int) -> str:
         """Name the model: `M2_future` in iteration 2; one that is trained once is named by its role alone."""
@@ -114,11 +116,14 @@ class Method:
     title: str
     source: str
     steps: tuple[Step | Training, ...]
-    """The last one makes `pairs`, which M_{t+1} is trained on."""
+    """The last one makes what M_{t+1} is trained on."""
     given: Callable[[RunConfig, SeedData, int], Given]
     """What iteration t begins with."""
     teaches_judging: bool = True
     """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
+    learns: Literal["dpo", "online"] = "dpo"
+    """How M_{t+1} is trained: by DPO on `pairs`, or by a policy gradient on `prompts`, which the model of the role
+    `reward` rewards."""
     starts_from: str | None = None
     """Role of the Training whose model `previous` means as init_from and reference; null = M_t."""
     labels: bool = True
@@ -132,8 +137,12 @@ class Method:
 
     def start(self, t: int) -> str:
         """Name the model that M_{t+1} goes on from."""
-        trainings = (step for step in self.steps if isinstance(step, Training))
-        return next((training.name(t) for training in trainings if training.role == self.starts_from), f"M{t}")
+        return next((taught.name(t) for taught in self.trainings if taught.role == self.starts_from), f"M{t}")
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """The models that are trained between the steps."""
+        return tuple(step for step in self.steps if isinstance(step, Training))
 
     @property
     def makes(self) -> tuple[Step, ...]:

@@ -1,12 +1,12 @@
 """The steps that methods share: Self-Rewarding's (arXiv:2401.10020 section 2.2), which others replace or add to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import pyarrow as pa
 
-from srlm_core import comparisons, data, judgments, logprobs, pairs, prompts, responses, schemas, sources
+from srlm_core import comparisons, data, judgments, logprobs, pairs, prompts, responses, schemas, sources, training
 from srlm_core.config import RunConfig
-from srlm_core.methods.record import Given, Measure, Shard, Step
+from srlm_core.methods.record import Given, Measure, Shard, Step, Training
 from srlm_core.pairs import Side
 from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
@@ -139,6 +139,11 @@ def score(shard: Shard, role: str) -> tuple[pa.Table, pa.Table]:
     )  # fmt: skip
 
 
+def rank_by_people(config: RunConfig, seed: SeedData, whole: Mapping[str, Iterable[pa.Table]]) -> Iterator[pa.Table]:
+    """Lay out what people ranked, for a reward model; rows RANKINGS."""
+    yield training.rankings(seed.eft)
+
+
 def compare(shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Have the judge compare each two responses of a prompt, in both orders."""
     worth_judging = responses.judgeable(shard.inputs["responses"], shard.inputs["drops:responses"])
@@ -165,6 +170,9 @@ def measure_comparisons(parts: Iterable[pa.Table]) -> dict[str, Measure]:
     }
 
 
+REWARD_MODEL = Training(
+    "reward", "reward", (), rank_by_people, init_from="sft", once=True, named=lambda config: config.rlhf.reward_model
+)
 PROMPTS = Step(
     "prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True
 )

@@ -179,7 +179,7 @@ def test_requests_are_pulled_as_others_finish(endpoint):
 def test_a_missing_model_endpoint_or_address_is_said_with_a_remedy(endpoint):
     with pytest.raises(ModelError, match="it serves judge"), engine_at(endpoint.url, "another"):
         pass
-    with pytest.raises(EngineDied, match=r"Start it, or mend engine.base_url"), engine_at("http://127.0.0.1:9/v1"):
+    with pytest.raises(EngineDied, match=r"Start it, or mend its address"), engine_at("http://127.0.0.1:9/v1"):
         pass
     with pytest.raises(ConfigError, match="base_url"):
         open_engine(EngineConfig(kind="openai"), Path("judge"), log=Path("unused"))

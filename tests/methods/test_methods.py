@@ -29,11 +29,11 @@ def test_each_size_of_a_recipe_is_a_configuration_that_its_method_accepts(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_comes_in_four_sizes_and_makes_prompts_and_pairs(name):
+def test_it_comes_in_four_sizes_and_makes_prompts_and_what_is_learnt_from(name):
     assert {"smoke", "small", "node", "paper"} <= recipes.read(name).sizes.keys()
     made = [step.makes for step in METHODS[name].makes]
     assert made[0] == "prompts"
-    assert made[-1] == "pairs"
+    assert made[-1] == {"dpo": "pairs", "online": "prompts"}[METHODS[name].learns]
     before: set[str] = set()
     for step in METHODS[name].steps:
         assert set(step.reads) <= before
