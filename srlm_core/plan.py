@@ -93,11 +93,12 @@ def plan(
     its, one = config.iterations, Iteration.of(config, seed_rows["prompts"])
     target, asked, n, k, compared, paired, trainings = one
     answer, written = _answer(config), _written(config)
+    sampled = f"N={n}" if n <= config.responses.n else f"N={config.responses.n} of {n // config.responses.n} models"
     models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
     lines = [
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
         Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
-        Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
+        Line("responses", its * target * n, "responses", f"{its} × {target} × {sampled}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
     if compared:

@@ -7,9 +7,10 @@ trained as M_{t+1} would be on the pairs so far, answers them, too, and what it 
 them all.
 
 What pairs is the method's own step, over more responses: its highest-scored and its lowest-scored, of equal ones M_t's
-before any other's. Its rules hold over all of them, too: length control chooses the shortest of the top tier whoever
-wrote it, and a response that was cut or is too long is not chosen. Known to us from one note; what it leaves open is
-settled here.
+before any other's. So the gap between a pair's scores is never below that of M_t's responses alone. The method's other rules
+hold over all of them, too: a response that was cut or is too long is not chosen, and length control takes the shortest
+of the top tier and the longest of the bottom tier whoever wrote them, where the tiers are shares of the wider range,
+and a gap may shrink. Known to us from one note; what it leaves open is settled here.
 """
 
 from collections import defaultdict
@@ -201,9 +202,9 @@ def measures(made: Mapping[str, Iterable[pa.Table]], config: RunConfig) -> dict[
             scores = judgments.scores(judged, k=config.judgments.k, required=config.judgments.required)
             found[f"{pool} score"] += [score.mean for score in scores.values()]
     told = {
-        "score_gap": Measure("score gap where M_t's responses alone give a pair, too", rate(found["gap"])),
-        "score_gap_alone": Measure("… of that pair", rate(found["gap alone"])),
-        "paired_anew": Measure("pairs where they alone give none", rate(found["new"])),
+        "score_gap": Measure("score gap of a pair that M_t's responses alone would give, too", rate(found["gap"])),
+        "score_gap_alone": Measure("… by its responses alone", rate(found["gap alone"])),
+        "paired_anew": Measure("pairs that its responses alone do not give", rate(found["new"])),
     }
     for pool, side in sides.items():
         told |= {
