@@ -7,10 +7,10 @@ trained as M_{t+1} would be on the pairs so far, answers them, too, and what it 
 them all.
 
 What pairs is the method's own step, over more responses: its highest-scored and its lowest-scored, of equal ones M_t's
-before any other's. So the gap between a pair's scores is never below that of M_t's responses alone. The method's other rules
-hold over all of them, too: a response that was cut or is too long is not chosen, and length control takes the shortest
-of the top tier and the longest of the bottom tier whoever wrote them, where the tiers are shares of the wider range,
-and a gap may shrink. Known to us from one note; what it leaves open is settled here.
+before any other's. So the gap between a pair's scores is never below that of M_t's responses alone. The method's other
+rules hold over all of them, too: a response that was cut or is too long is not chosen, and length control takes the
+shortest of the top tier and the longest of the bottom tier whoever wrote them, where the tiers are shares of the wider
+range, and a gap may shrink. Known to us from one note; what it leaves open is settled here.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from srlm_core import judgments, responses, schemas, training
-from srlm_core.config import RunConfig
+from srlm_core.config import DpoConfig, RunConfig
 from srlm_core.errors import NothingLeft
 from srlm_core.methods import steps
 from srlm_core.methods.record import Measure, Method, Shard, Step, Training
@@ -80,15 +80,14 @@ def extended(method: Method, config: RunConfig) -> Method:
     if how.chosen_from_future:
         if pools:
             added.append(_paired(pairing, "anchored_pairs", *pools))
-        added += [_future("anchored_pairs" if pools else "plain_pairs", config), *_pool("future", "future", *pools)]
+        learns = "anchored_pairs" if pools else "plain_pairs"
+        added += [_future(learns, config.training.dpo), *_pool("future", "future", *pools)]
         pools = (*pools, "future")
 
-    def measured(made: Mapping[str, Iterable[pa.Table]], config: RunConfig) -> Mapping[str, Measure]:
-        return {**method.measures(made, config), **measures(made, config)}
+    def measured(made: Mapping[str, Iterable[pa.Table]], now: RunConfig) -> Mapping[str, Measure]:
+        return {**method.measures(made, now), **measures(made, now)}
 
-    return replace(
-        method, steps=(*method.steps[:-1], *added, _paired(pairing, "pairs", *pools)), measures=measured
-    )  # fmt: skip
+    return replace(method, steps=(*method.steps[:-1], *added, _paired(pairing, "pairs", *pools)), measures=measured)
 
 
 # --- what another model answers -------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def _at(stage: str, drops: pa.Table) -> pa.Table:
     return schemas.table(({**row, "stage": stage} for row in drops.to_pylist()), schemas.DROPS)
 
 
-def _future(learns: str, config: RunConfig) -> Training:
+def _future(learns: str, how: DpoConfig) -> Training:
     """Train M_f as M_{t+1} is trained, on this iteration's pairs alone."""
 
     def lay_out(config: RunConfig, seed: SeedData, whole: Mapping[str, Iterable[pa.Table]]) -> Iterator[pa.Table]:
@@ -153,7 +152,6 @@ def _future(learns: str, config: RunConfig) -> Training:
             )
         return map(training.preferences, whole[learns])
 
-    how = config.training.dpo
     return Training("future", "dpo", (learns,), lay_out, _ROLES[how.init_from], _ROLES[how.reference])
 
 

@@ -1,10 +1,11 @@
 """Temporal self-rewarding: which sides other models give, that one judge scores all, and that M_f is only asked."""
 
+import functools
 from collections import Counter
 
 import pytest
 import tables
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlm_core import pairs, recipes, report, schemas, show, store
@@ -33,9 +34,9 @@ def shard(config, inputs, **other):
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def paired(makes, *pools, texts=None, **scores):
-    """Pair by scores: a list for each prompt, of lists by pool ("responses" is M_t's). Ids are `pool/prompt/place`."""
-    config = recipes.load("self_rewarding", "smoke", ["judgments.k=1", *(f"pairs.{n}={v}" for n, v in texts or ())])
+def paired(makes, *pools, rules=(), **scores):
+    """Pair by scores: a list for each prompt, by pool (`policy` is M_t's). Ids are `pool/prompt/place`."""
+    config = one_judgment(*(f"pairs.{name}={value}" for name, value in rules))
     inputs = {"prompts": tables.prompts(*("?" for _ in scores["policy"]))}
     for place, pool in enumerate(("policy", "early", "future")):
         ids, said = [], []
@@ -56,6 +57,11 @@ def paired(makes, *pools, texts=None, **scores):
     made, drops = temporal._paired(steps.PAIRS, makes, *pools).run(shard(config, inputs))
     found = {row["prompt_id"]: (row["chosen_id"], row["rejected_id"]) for row in made.to_pylist()}
     return found, made.to_pylist(), drops.to_pylist()
+
+
+@functools.cache
+def one_judgment(*changes):
+    return recipes.load("self_rewarding", "smoke", ["judgments.k=1", *changes])
 
 
 def text_of(score):
@@ -115,17 +121,18 @@ def test_the_methods_rules_hold_whoever_wrote_it():
     long, short = "many words " * 9, "few"
     scores = {"policy": [[(3.5, short), (3, long)]], "early": [[(0, short), (1, long)]], "future": [[(5, long)]]}
     rho = [("length_control", 0.32)]
-    assert paired("pairs", "early", "future", texts=rho, **scores)[0]["p0"] == ("policy/0/0", "early/0/1")
+    assert paired("pairs", "early", "future", rules=rho, **scores)[0]["p0"] == ("policy/0/0", "early/0/1")
     most = [("max_chosen_chars", 20)]
-    assert paired("pairs", "early", "future", texts=most, **scores)[0]["p0"] == ("policy/0/0", "early/0/0")
+    assert paired("pairs", "early", "future", rules=most, **scores)[0]["p0"] == ("policy/0/0", "early/0/0")
     margin = [("min_margin", 3)]
-    assert paired("plain_pairs", texts=margin, **scores)[2][0]["reason"] == "margin_too_small"
-    assert paired("pairs", "early", texts=margin, **scores)[0]["p0"] == ("policy/0/0", "early/0/0")
+    assert paired("plain_pairs", rules=margin, **scores)[2][0]["reason"] == "margin_too_small"
+    assert paired("pairs", "early", rules=margin, **scores)[0]["p0"] == ("policy/0/0", "early/0/0")
 
 
 of_one_model = st.lists(st.one_of(st.none(), st.integers(0, 10).map(lambda score: score / 2)), max_size=4)
 
 
+@settings(deadline=None)
 @given(of_one_model, of_one_model, of_one_model)
 def test_a_gap_never_shrinks_and_each_model_keeps_to_its_side(policy, early, future):
     scores = {"policy": [policy], "early": [early], "future": [future]}
