@@ -336,6 +336,24 @@ class RlhfConfig(Settings):
         return self
 
 
+class TemporalConfig(Settings):
+    """Pairs further apart than M_t's own responses (Temporal Self-Rewarding, known to us from one note).
+
+    For methods whose judge scores single responses. Each further model answers every prompt `responses.n` times.
+    """
+
+    rejected_from: Literal["base", "sft"] | None = None
+    """An early model, M0 or M1: where its worst response scores below M_t's worst, that one is rejected. null = off."""
+    chosen_from_future: bool = False
+    """Train a future model on the pairs so far, for a while: where its best response scores above M_t's best, by the
+    same judge, that one is chosen. M_{t+1} is trained on those pairs, and does not go on from it."""
+
+    @property
+    def on(self) -> bool:
+        """Whether another model answers at all."""
+        return self.rejected_from is not None or self.chosen_from_future
+
+
 class OptimizerConfig(Settings):
     """One training run."""
 
@@ -613,8 +631,8 @@ class RunConfig(Settings):
     iterations: int = Field(default=2, ge=0)
     """DPO iterations: 2 ends at M3 (section 3.2)."""
     schedule: tuple[Scheduled, ...] = ()
-    """What changes from some iteration on: settings of `responses`, `judgments`, `pairs`, `training.dpo` and the
-    method's own."""
+    """What changes from some iteration on: settings of `responses`, `judgments`, `pairs`, `temporal`, `training.dpo`
+    and the method's own."""
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     seed_data: SeedDataConfig = SeedDataConfig()
@@ -628,6 +646,7 @@ class RunConfig(Settings):
     dno: DnoConfig = DnoConfig()
     dice: DiceConfig = DiceConfig()
     rlhf: RlhfConfig = RlhfConfig()
+    temporal: TemporalConfig = TemporalConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -676,7 +695,7 @@ class RunConfig(Settings):
         return type(self).model_validate(settings)
 
 
-SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "dno.", "dice.", "training.dpo.")
+SCHEDULABLE = ("responses.", "judgments.", "pairs.", "meta.", "cream.", "dno.", "dice.", "temporal.", "training.dpo.")
 """Where settings lie that may change from iteration to iteration."""
 
 

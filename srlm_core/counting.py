@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import judgments, store
+from srlm_core import judgments, responses, store
 from srlm_core.config import RunConfig
 
 SURPLUS = "over_target"
@@ -105,13 +105,16 @@ def _counted(root: Path, passes: tuple[int, int] | None, seen: tuple[Any, ...]) 
             lengths = _count_responses(counts, shard["responses"])
         if shard["judgments"] is not None:
             _count_judgments(counts, shard["judgments"], lengths, passes)
+        lengths |= {name: n for of in _BESIDE for name, n in _lengths(shard[of])}
         if shard["pairs"] is not None:
             _count_pairs(counts, shard["pairs"], lengths)
     counts.drops = count_drops(root / "drops", counts.damaged)
     return counts
 
 
+_BESIDE = responses.DATASETS[1:]
 _COLUMNS = {
+    **dict.fromkeys(_BESIDE, ("response_id", "n_tokens")),
     "prompts": ("prompt_id",),
     "responses": ("response_id", "response", "n_tokens", "finish_reason"),
     "judgments": ("target_id", "index", "form", "verdict", "unreadable_reason"),
@@ -146,6 +149,11 @@ def _count_responses(counts: IterationCounts, rows: pa.Table) -> dict[str, int]:
             counts.chars.add(len(text))
             counts.truncated.add(float(reason == "length"))
     return lengths
+
+
+def _lengths(rows: pa.Table | None) -> list[tuple[str, int]]:
+    """List (response, tokens): of what is in pairs, though the policy did not write it."""
+    return [] if rows is None else list(zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True))
 
 
 def _count_judgments(

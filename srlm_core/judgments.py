@@ -22,6 +22,8 @@ from srlm_core.errors import ConfigError
 from srlm_core.schemas import SCORE_LINE
 from srlm_core.store import digest, seed_for
 
+DATASETS = ("judgments", "early_judgments", "future_judgments")
+"""Where judgments of responses stand; see responses.DATASETS."""
 VERSION = 1
 SETTINGS = ("judgments.reading", "judgments.justified", "judgments.rubric", "judgments.sampling")
 """What one judgment depends on; how many there are changes none of them."""

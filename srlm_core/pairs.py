@@ -31,15 +31,17 @@ def repetition(text: str) -> float:
 
 
 def may_be_chosen(response: Mapping[str, Any], config: PairsConfig) -> bool:
-    """Whether it ended by itself, is no longer than allowed and does not run in a loop."""
-    if response["finish_reason"] != "stop" or repetition(response["response"]) > config.max_repetition:
+    """Whether it ended by itself, is no longer than allowed, does not run in a loop, and is of no early model."""
+    if response["source"] == "early" or response["finish_reason"] != "stop":
+        return False
+    if repetition(response["response"]) > config.max_repetition:
         return False
     return config.max_chosen_chars is None or len(response["response"]) <= config.max_chosen_chars
 
 
 def may_be_rejected(response: Mapping[str, Any], config: PairsConfig) -> bool:
-    """Whether it ended by itself, or a setting lets cut ones be rejected."""
-    return response["finish_reason"] == "stop" or config.truncated_rejected
+    """Whether it ended by itself, or a setting lets cut ones be rejected, and is of no future model."""
+    return response["source"] != "future" and (response["finish_reason"] == "stop" or config.truncated_rejected)
 
 
 class Side(NamedTuple):
@@ -163,7 +165,8 @@ def extremes(
     if top - bottom <= _EPSILON:
         return None
     if not length_control:
-        return max(good, key=scores.__getitem__), min(bad, key=scores.__getitem__)
+        near = _EPSILON / 2  # more than the last bit, and never one response on both sides
+        return next(p for p in good if scores[p] >= top - near), next(p for p in bad if scores[p] <= bottom + near)
     depth = (top - bottom) * length_control + _EPSILON
     tiers = [p for p in good if scores[p] >= top - depth], [p for p in bad if scores[p] <= bottom + depth]
     return min(tiers[0], key=lengths.__getitem__), max(tiers[1], key=lengths.__getitem__)

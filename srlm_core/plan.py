@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from srlm_core import responses
 from srlm_core.config import RunConfig
-from srlm_core.methods import METHODS
+from srlm_core.methods import METHODS, method_of
+from srlm_core.methods.record import Training
 
 ASSUMED_YIELD = 0.6
 """Share of asked prompts that survive the filters; small models do worse."""
@@ -45,19 +47,22 @@ class Iteration(NamedTuple):
     asked: int
     """Prompts that the model is asked to write."""
     n: int
-    """Responses sampled to each."""
+    """Responses sampled to each, by all models."""
     k: int
     """Judgments of each."""
     compared: int
     """Comparisons of the responses of a prompt, both orders."""
     paired: float
     """Share of prompts that give a pair."""
+    trainings: int
+    """Models that learn from pairs."""
 
     @classmethod
     def of(cls, config: RunConfig, target: int) -> "Iteration":
         """Look at the method's steps."""
-        made = {step.makes: step for step in METHODS[config.method].makes}
-        writes, n = made["prompts"].role is not None, config.responses.n if "responses" in made else 0
+        method = method_of(config)
+        made = {step.makes: step for step in method.makes}
+        writes, n = made["prompts"].role is not None, config.responses.n * len(made.keys() & {*responses.DATASETS})
         k = made["judgments"].passes(config) if "judgments" in made else 0
         compared = made["comparisons"].passes(config) * n * (n - 1) // 2 if "comparisons" in made else 0
         return cls(
@@ -67,6 +72,7 @@ class Iteration(NamedTuple):
             k,
             compared,
             ASSUMED_PAIRED if k or compared else 1.0,
+            1 + sum(isinstance(step, Training) and step.kind == "dpo" for step in method.steps),
         )
 
 
@@ -85,13 +91,14 @@ def plan(
     `seed_rows` counts ift, eft (responses), evaluation, heldout (responses), and the prompts of an iteration.
     """
     its, one = config.iterations, Iteration.of(config, seed_rows["prompts"])
-    target, asked, n, k, compared, paired = one
+    target, asked, n, k, compared, paired, trainings = one
     answer, written = _answer(config), _written(config)
+    sampled = f"N={n}" if n <= config.responses.n else f"N={config.responses.n} of {n // config.responses.n} models"
     models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
     lines = [
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
         Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
-        Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
+        Line("responses", its * target * n, "responses", f"{its} × {target} × {sampled}"),
         Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
     ]
     if compared:
@@ -118,9 +125,10 @@ def plan(
     asks = not config.training.dpo.labelled
     asked_of_pair = 2 * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + 2 * answer) if asks else 0
     pair = 2 * (ASSUMED_PROMPT_TOKENS + answer) + asked_of_pair
-    dpo = its * config.training.dpo.epochs * target * paired * pair
+    dpo = its * trainings * config.training.dpo.epochs * target * paired * pair
     sfts = "SFT twice (baseline, M1)" if teaches_judging else "SFT once"
-    how = f"{sfts} + DPO on {paired:.0%} of the prompts, both sides{', compared in both orders' if asks else ''}"
+    taught = f"{sfts} + {'DPO twice' if trainings > 1 else 'DPO'}"
+    how = f"{taught} on {paired:.0%} of the prompts, both sides{', compared in both orders' if asks else ''}"
     lines.append(Line("tokens trained on", sft + dpo, "tokens", how))
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 
@@ -158,7 +166,7 @@ def _costs(
     speed = hardware.flops * hardware.devices / (2 * parameters)
     training = (sft * 6 + dpo * 8) * parameters / (hardware.training_flops * hardware.devices)
     kept = 4 if config.training.dpo.save_dtype == "float32" else 2
-    saved = config.iterations + 2
+    saved = config.iterations * Iteration.of(config, 0).trainings + 2
     gib = 1024**3
     state = parameters * (4 + 4 + 8) if not config.training.dpo.lora_rank else parameters * 4.5
     sampled = f"{inference:,.0f} tokens at {speed:,.0f}/s ({hardware.name})"

@@ -9,6 +9,9 @@ from srlm_core.store import digest, seed_for
 
 VERSION = 1
 
+DATASETS = ("responses", "early_responses", "future_responses")
+"""Where responses stand: the policy's, and those of other models that may take a side of a pair."""
+
 
 def sampling(config: SamplingConfig) -> Sampling:
     """Translate the settings for the engine."""

@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "pairs": (
         "pairs", "judgments.min_valid", "meta.regularisation", "meta.max_chosen_chars", "meta.max_score_share", "cream",
         "rlaif.clamp", "rlaif.labels", "dno.min_positive", "dno.reference_margin", "dno.own_margin", "dno.win_margin",
-        "dno.restrictive", "dno.max_pairs_per_prompt", "dice",
+        "dno.restrictive", "dno.max_pairs_per_prompt", "dice", "temporal",
     ),
     "training": ("training.dpo", "training.online"),
     "evaluation": (

@@ -16,7 +16,7 @@ from srlm_core.engines.protocol import Engine
 from srlm_core.executor import Pending, Work
 from srlm_core.lesson import Lesson, teach
 from srlm_core.measuring import Lend
-from srlm_core.methods import METHODS
+from srlm_core.methods import method_of
 from srlm_core.methods.record import Given, Shard, Step, Training
 from srlm_core.run import Run
 from srlm_core.store import Made, digest, materialize, part_path
@@ -56,7 +56,8 @@ def make_datasets(run: Run, t: int, policy: Model) -> dict[str, list[Made]]:
     A shard is judged while the next ones are still being sampled; only another local model waits for its turn, and
     what a model is taught on the way waits for all that it learns from.
     """
-    method, config = METHODS[run.config.method], run.config.at(t)
+    config = run.config.at(t)
+    method = method_of(config)
     roles = _roles(run, config, t, policy)
     kept = _kept_before(run, t)
     shards = [
@@ -81,6 +82,7 @@ def make_datasets(run: Run, t: int, policy: Model) -> dict[str, list[Made]]:
     folder = run.campaign.iteration(t)
     for name, parts in done.items():
         store.forget_later_parts(folder, name, len(parts))
+    store.forget_datasets(folder, keep={*done, "drops", "training"})
     own = method.measures({name: _Whole(parts) for name, parts in done.items()}, config)
     told = {name: {"label": measure.label, **measure.rate._asdict()} for name, measure in own.items()}
     store.write_json(folder / "measures.json", told)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from srlm_core import counting, judgments, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.errors import DataError
+from srlm_core.responses import DATASETS as RESPONSES
 from srlm_core.store import digest
 
 _BIDI = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
@@ -82,9 +83,11 @@ class Story(NamedTuple):
 
 
 def length(response: Mapping[str, Any]) -> str:
-    """How long a response is, or where it came from if no model wrote it here."""
-    n_tokens = response["n_tokens"]
-    return f"from the data ({response['source']})" if n_tokens is None else f"{n_tokens} tokens"
+    """How long a response is, and where it came from if not from the policy."""
+    n_tokens, source = response["n_tokens"], response["source"]
+    if n_tokens is None:
+        return f"from the data ({source})"
+    return f"{n_tokens} tokens" if source == "policy" else f"{n_tokens} tokens by {response['model']} ({source})"
 
 
 def _margin(pair: Mapping[str, Any]) -> str:
@@ -165,8 +168,8 @@ def stories(folder: Path, prompts_part: Path, prompt_ids: Sequence[str]) -> list
     wanted = ("prompt_id", prompt_ids)
     prompts = {row["prompt_id"]: row for row in _rows(prompts_part, columns=None, wanted=("prompt_id", prompt_ids))}
     responses, judged, pairs = (
-        _by_prompt(_rows(iteration / dataset / name, columns=None, wanted=wanted))
-        for dataset in ("responses", "judgments", "pairs")
+        _by_prompt([row for of in datasets for row in _rows(iteration / of / name, columns=None, wanted=wanted)])
+        for datasets in (RESPONSES, judgments.DATASETS, ("pairs",))
     )
     of_interest = {*prompt_ids, *(row["response_id"] for rows in responses.values() for row in rows)}
     drops: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -296,6 +296,12 @@ def forget_later_parts(folder: Path, dataset: str, shards: int) -> None:
     for path in [*parts(folder / dataset), *(folder / "drops").glob(f"part-{dataset}-*.parquet")]:
         if int(path.stem.rpartition("-")[2]) >= shards:
             path.unlink()
+
+
+def forget_datasets(folder: Path, keep: Set[str]) -> None:
+    """Delete the datasets of a folder that are not made any more, with what was left out of them."""
+    for name in {path.name for path in folder.iterdir() if path.is_dir()} - keep:
+        forget_later_parts(folder, name, 0)
 
 
 def clone(source: Path, target: Path) -> None:

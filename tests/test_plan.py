@@ -42,6 +42,16 @@ def test_a_loss_that_asks_the_model_reads_the_questions_too():
     assert planned(config)["tokens trained on"] == (2 * 10 * 120 + 20 * 300) + 60 * (320 + 880)
 
 
+def test_two_more_models_that_answer_and_one_more_that_learns():
+    """M_t, M0 and M_f each answer N times; a frozen 4 MB model more is kept, and DPO runs twice."""
+    on = CONFIG.temporal.model_copy(update={"rejected_from": "base", "chosen_from_future": True})
+    lines, plain = planned(CONFIG.model_copy(update={"temporal": on})), planned()
+    assert (lines["responses"], lines["judgments"]) == (3 * 240, 3 * 720)
+    assert lines["tokens generated"] == 100 * 50 + 3 * 240 * (100 + 3 * 50)
+    assert lines["tokens trained on"] - plain["tokens trained on"] == 60 * 0.6 * 2 * 160
+    assert lines["disk"] - plain["disk"] == pytest.approx(4e6 / 1024**3)
+
+
 def test_a_method_without_a_judge_asks_for_less():
     lines = planned(
         CONFIG.model_copy(update={"method": "spin", "responses": CONFIG.responses.model_copy(update={"n": 1})})

@@ -9,11 +9,17 @@ import pkgutil
 
 from srlm_core.config import RunConfig
 from srlm_core.errors import ConfigError
+from srlm_core.methods import temporal
 from srlm_core.methods.record import Method
 
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES if hasattr(module, "METHOD")}
+
+
+def method_of(config: RunConfig) -> Method:
+    """Return the method that a config names, with the steps that its settings add: ask by `config.at(t)`."""
+    return temporal.extended(METHODS[config.method], config)
 
 
 def require_fit(config: RunConfig) -> None:
@@ -24,7 +30,7 @@ def require_fit(config: RunConfig) -> None:
         raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
     for t in sorted({1, *(change.iteration for change in config.schedule)}):
         at = config.at(t)
-        refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at)
+        refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at) or _refuses_others(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -50,3 +56,9 @@ def _refuses_loss(config: RunConfig) -> str | None:
     takes = "finds that out by itself" if labels else "has to be told"
     remedy = "Set training.dpo.loss=sigmoid, or method=scir." if labels else "Set training.dpo.loss=scir."
     return f"method={config.method} {wants}, and training.dpo.loss={loss} {takes}. {remedy}"
+
+
+def _refuses_others(config: RunConfig) -> str | None:
+    """Refuse responses of other models where no judge scores single ones."""
+    fitting = [name for name, method in METHODS.items() if temporal.fits(method)]
+    return temporal.refuses(METHODS[config.method], config, fitting)
