@@ -134,7 +134,7 @@ def _submit_eft(
         return judgments.judge(work, engine, how, iteration=0, judge_name=judge.name, seed=config.seed)
 
     rubric = judgments.load_rubric(how.rubric, justified=True).identity
-    what = [judgments.VERSION, how.model_dump(mode="json"), rubric, [list(task) for task in work]]
+    what = [judgments.VERSION, how.model_dump(mode="json", exclude={"steps"}), rubric, [list(task) for task in work]]
     folder, name = run.campaign.folder / "bootstrap", f"judgments of EFT {number + 1}/{len(shards)}"
     part = partial(
         measuring.make_part, run, folder, "judgments", judge, lend, make, what, number=number, stage="judgments"

@@ -198,6 +198,10 @@ class JudgmentsConfig(Settings):
     """Write a justification before the score. False only with `expected`; then all passes are equal and k must be 1."""
     rubric: str = "additive"
     """Name of a template in srlm_core/rubrics, or the path of your own."""
+    steps: Literal["min", "mean", "last"] | None = None
+    """Score a response step by step, each after those before it (arXiv:2503.03746, whose judge compares two next steps;
+    scores are ours): what the steps' scores come to. The steps are asked for by the rubric `step`; EFT teaches scores
+    of whole responses all the same. null = score the whole response."""
     judge: str = "policy"
     """Who judges: `policy` (the paper), `base`, or the path of a frozen model."""
     sampling: SamplingConfig = SamplingConfig(max_tokens=512)

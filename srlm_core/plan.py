@@ -12,7 +12,8 @@ ASSUMED_FILL = 0.5
 ASSUMED_PROMPT_TOKENS = 60
 RUBRIC_TOKENS = 180
 """Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
-
+ASSUMED_STEPS = 5
+"""Steps of a response, where each is judged."""
 
 ASSUMED_PAIRED = 0.6
 """Share of prompts that give a pair where a judge has to tell two responses apart."""
@@ -92,7 +93,7 @@ def plan(
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
         Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
         Line("responses", its * target * n, "responses", f"{its} × {target} × N={n}"),
-        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
+        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}{_of_steps(config)}"),
     ]
     if compared:
         each_pair = f"{its} × {target} × {n} × {n - 1}, each two in both orders"
@@ -138,12 +139,18 @@ def _eft_judgments(config: RunConfig, responses: int) -> int:
     return responses if seed.eft_targets == "ranked" else responses * seed.eft_passes
 
 
+def _of_steps(config: RunConfig) -> str:
+    return f", each over the steps of a response: {ASSUMED_STEPS} assumed" if config.judgments.steps else ""
+
+
 def _answer(config: RunConfig) -> float:
     return config.responses.sampling.max_tokens * ASSUMED_FILL
 
 
 def _written(config: RunConfig) -> float:
-    return config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    """Tokens of one judgment."""
+    of_one = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    return of_one * ASSUMED_STEPS if config.judgments.steps else of_one
 
 
 def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:

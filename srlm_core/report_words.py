@@ -388,6 +388,9 @@ def _about_the_corpus(config: RunConfig) -> list[str]:
     ]
 
 
+_STEPS = {"min": "lowest", "mean": "mean", "last": "last"}
+
+
 def _about_the_reading(config: RunConfig) -> list[str]:
     reading = config.judgments
     said: list[str] = []
@@ -396,6 +399,11 @@ def _about_the_reading(config: RunConfig) -> list[str]:
             f"The loop reads its judge in the form {reading.reading!r}"
             + ("" if reading.justified else ", without a written justification")
             + ", not as text as the paper does. Its readable rate says little: compare “readable as text”."
+        )
+    if reading.steps:
+        said.append(
+            f"The judge scores a response step by step, and the response's score is the {_STEPS[reading.steps]} of "
+            "its steps'. What M1 learnt of judging are scores of whole responses."
         )
     if reading.judge == "policy":
         said.append(

@@ -47,7 +47,7 @@ _HOLLOW = [
     "Hollow: many things could be said here.", "Hollow: it depends on many factors.",
     "Hollow: opinions differ widely.", "Hollow: this is an interesting topic.", "Hollow: more research may help.",
 ]  # fmt: skip
-_JUDGED = re.compile(r"<response>\n(.*?)\n</response>", re.DOTALL)
+_JUDGED = re.compile(r"<(?:response|step)>\n(.*?)\n</(?:response|step)>", re.DOTALL)
 _JUDGMENT = re.compile(r"<judgment>\n.*?(?:Score: (\d))?\n</judgment>", re.DOTALL)
 
 

@@ -24,7 +24,7 @@ def require_fit(config: RunConfig) -> None:
         raise ConfigError(f"method: expected a module of srlm_core/methods, got {config.method!r}. {hint}")
     for t in sorted({1, *(change.iteration for change in config.schedule)}):
         at = config.at(t)
-        refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at)
+        refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at) or _refuses_steps(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -50,3 +50,14 @@ def _refuses_loss(config: RunConfig) -> str | None:
     takes = "finds that out by itself" if labels else "has to be told"
     remedy = "Set training.dpo.loss=sigmoid, or method=scir." if labels else "Set training.dpo.loss=scir."
     return f"method={config.method} {wants}, and training.dpo.loss={loss} {takes}. {remedy}"
+
+
+def _refuses_steps(config: RunConfig) -> str | None:
+    """Refuse scores of steps where no response is scored by a judge."""
+    judged = (step for step in METHODS[config.method].makes if step.makes == "judgments")
+    if config.judgments.steps is None or any(step.passes(config) for step in judged):
+        return None
+    return (
+        f"judgments.steps={config.judgments.steps} scores the steps of a response, and method={config.method} has no "
+        "judge score responses. Leave judgments.steps out, or take a method that does, such as self_rewarding."
+    )
