@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -93,7 +94,7 @@ class Judge:
 
     def says(self, asked):
         said = step(asked)
-        return "Who knows." if "?" in said else f"So it is.\nScore: {re.search(r'[0-5]', said.split()[-1])[0]}"
+        return "Who knows." if "?" in said else f"So it is.\nScore: {re.findall(r'[0-5]', said)[-1]}"
 
     def token_scores(self, requests, choices):
         for request in requests:
@@ -109,7 +110,7 @@ def step(asked):
 RESPONSE = "1. Halve it. 4\n2. Add. 2\n3. So 5"
 
 
-def judged(response, judge=None, **changed):
+def judged(response, judge: Any = None, **changed):
     config = JudgmentsConfig(**{"steps": "min", "k": 1, **changed})
     work = [judgments.Task("t", "p", "What is it?", response)]
     made, drops = judgments.judge(work, judge or Judge(), config, iteration=1, judge_name="M1", seed=1)
