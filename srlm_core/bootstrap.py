@@ -23,9 +23,8 @@ def bootstrap(run: Run) -> None:
     """
     folder, config, seed = run.campaign.folder / "bootstrap", run.config, run.seed_data
     teaches_judging = METHODS[config.method].teaches(config)
-    _forget_seed_data(
-        folder, config.seed_data.eft_targets if teaches_judging and config.seed_data.eft_is_judged else ""
-    )
+    judged = teaches_judging and config.seed_data.eft_is_judged
+    _forget_seed_data(folder, config.seed_data.eft_targets if judged else "")
     for name, lines in seed.set_aside.items():
         keep_set_aside(run, name, lines)
     with run.phase("base model"):

@@ -126,8 +126,8 @@ class SeedDataConfig(Settings):
             )
         if self.eft_endpoint and self.eft_targets not in ("endpoint", "ranked", "self_taught"):
             raise ValueError(
-                f"seed_data.eft_endpoint judges for eft_targets=endpoint or ranked, or writes for self_taught, and it is "
-                f"{self.eft_targets!r}. Leave it out, or set eft_targets."
+                "seed_data.eft_endpoint judges for eft_targets=endpoint or ranked, or writes for self_taught, and that "
+                f"is {self.eft_targets!r}. Leave it out, or set eft_targets."
             )
         return self
 

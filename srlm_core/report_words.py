@@ -357,8 +357,8 @@ def taught(counts: Mapping[str, Any] | None) -> str:
 def _self_taught(counts: Mapping[str, Any]) -> str:
     said = (
         f"{counts['judge']} made another request of each of {counts['instructions']} instructions of IFT; for a share "
-        f"of {_share(counts['pairs'], counts['instructions'])} it and the answer to it can be used, and people's response "
-        "is taken to be better than that answer. Nobody ranked them. "
+        f"of {_share(counts['pairs'], counts['instructions'])} it and the answer to it can be used, and people's "
+        "response to the instruction is taken to be better than that answer. Nobody ranked them. "
     )
     if "judgments" in counts:
         said += (

@@ -296,9 +296,11 @@ def test_traces_that_are_right_are_taught_and_the_judge_explains_from_then_on(sc
 def test_an_ift_of_one_row(scripted, tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"instruction": "Say what a tide is.", "response": "Water that rises."}) + "\n")
-    sets = ("iterations=0", "evaluation.models=none", f"seed_data.ift={json.dumps(str(file))}")
+    sets = ("seed=1", "iterations=0", "evaluation.models=none", f"seed_data.ift={json.dumps(str(file))}")
     folder = scripted(*BARE, *sets, recipe="sppo", name="bare")
     assert [row["completion"][0]["content"] for row in taught(folder)] == ["Better: A", "Better: B"]
+    with pytest.raises(NothingLeft, match=r"instructions 1, .*one_sided [01], taught 0"):  # one order: a habit
+        scripted(*TRACES, *sets, "seed_data.eft_passes=1", recipe="sppo", name="traces")
 
 
 def test_a_campaign_stopped_on_the_way_goes_on_where_it_was(scripted, tmp_path):

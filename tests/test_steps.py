@@ -113,7 +113,8 @@ RESPONSE = "1. Halve it. 4\n2. Add. 2\n3. So 5"
 def judged(response, judge: Any = None, **changed):
     config = JudgmentsConfig(**{"steps": "min", "k": 1, **changed})
     work = [judgments.Task("t", "p", "What is it?", response)]
-    made, drops = judgments.judge(work, judge or Judge(), config, iteration=1, judge_name="M1", seed=1)
+    engine: Any = judge or Judge()
+    made, drops = judgments.judge(work, engine, config, iteration=1, judge_name="M1", seed=1)
     return made.to_pylist(), drops.to_pylist()
 
 
