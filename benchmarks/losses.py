@@ -17,7 +17,7 @@ import pyarrow as pa
 from benchmarks import training
 from benchmarks.sides import Comparison, say, stopwatch
 from benchmarks.workload import small_model
-from srlm_core import judgments, schemas, store
+from srlm_core import comparisons, schemas, store
 from srlm_core.config import DpoConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.training_job import TrainingJob
@@ -166,7 +166,7 @@ def pairs(side: Side, size: Size) -> pa.Table:
 
 def asked(table: pa.Table) -> pa.Table:
     """Put the question beside each pair, in both orders."""
-    ask = judgments.load_rubric("pairwise", justified=None).ask
+    ask = comparisons.pairwise().ask
     rows = table.to_pylist()
     for row in rows:
         prompt, chosen, rejected = (row[name][-1]["content"] for name in ("prompt", "chosen", "rejected"))

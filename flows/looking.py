@@ -15,7 +15,7 @@ from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import ConfigError, StoreError
 from srlm_core.methods import METHODS, require_fit
 from srlm_core.plan import Line, of_this_machine, plan
-from srlm_core.seed_data import load_seed
+from srlm_core.seed_data import SeedData, load_seed
 
 DEMO_PARAMETERS, DEMO_BYTES = 134_515_008, 538_060_032
 
@@ -90,15 +90,22 @@ def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
         )
         parameters, size = found.parameters, found.weight_bytes
     method = METHODS[config.method]
-    seed = load_seed(config, teaches_judging=method.teaches_judging)
+    seed = load_seed(config, teaches_judging=method.teaches(config))
     rows = {
         "ift": len(seed.ift),
-        "eft": sum(len(group["responses"]) for group in seed.eft),
+        "eft": _taught(config, seed),
         "evaluation": len(seed.evaluation),
         "heldout": sum(len(group["responses"]) for group in seed.heldout),
         "prompts": method.given(config, seed, 1).wanted,
     }
     return plan(config, parameters, size, of_this_machine(os.cpu_count() or 1, gpus), rows)
+
+
+def _taught(config: RunConfig, seed: SeedData) -> int:
+    """Count the judgments that M1 may be taught: of responses, or of two in both orders."""
+    if config.seed_data.eft_targets != "self_taught":
+        return sum(len(group["responses"]) for group in seed.eft)
+    return 2 * min(len(seed.ift), config.seed_data.eft_groups or len(seed.ift))
 
 
 class Finding(NamedTuple):

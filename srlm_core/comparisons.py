@@ -6,21 +6,29 @@ order measures the place as much as the response. Win rates after arXiv:2405.006
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 
 from srlm_core import judgments, schemas
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Engine, Message, Request, Sampling
+from srlm_core.judgments import Verdict
 from srlm_core.store import digest, seed_for
 
 VERSION = 1
-ORDERS = 2
+PLACES = ("ab", "ba")
+"""The orders in which two responses are shown."""
+ORDERS = len(PLACES)
 """Passes over each two responses."""
+
+# a marker with the side that it names, and what else stands on its line
+_BETTER = re.compile(r"\b(?i:better)\W{0,3}[:=][\s*_\[(]*([AB])\b([^\n]*)")
+_SIDE = re.compile(r"\b[AB]\b")
 
 
 class Match(NamedTuple):
@@ -35,12 +43,37 @@ class Match(NamedTuple):
 
 
 def texts(config: RunConfig) -> list[str]:
-    """Identify the template that a comparison is asked with."""
-    return [_rubric().identity]
+    """Identify the template that a comparison is asked with and, where it is explained, how that is drawn."""
+    how = _explanation(config)
+    return [pairwise(justified=how is not None).identity, *([repr(how)] if how else [])]
 
 
-def _rubric() -> judgments.Rubric:
-    return judgments.load_rubric("pairwise", justified=None)
+def pairwise(*, justified: bool = False) -> judgments.Rubric:
+    """Load what the judge is asked which response is better with: for the verdict alone, or after an explanation."""
+    asks_with = ("prompt", "first", "second")
+    return judgments.load_rubric("pairwise", justified=justified, kind="better_", asks_with=asks_with)
+
+
+def _explanation(config: RunConfig) -> Sampling | None:
+    """Return how the loop's judge draws an explanation before it says which is better; None where it gives none."""
+    if not config.judgments.comparisons_justified:
+        return None
+    how = config.judgments.sampling
+    return Sampling(how.temperature, how.top_p, how.max_tokens)
+
+
+class AsAsked(TypedDict):
+    """How the loop asks for comparisons; see `compare`."""
+
+    rubric: judgments.Rubric
+    explained: Sampling | None
+    seed: int
+
+
+def as_asked(config: RunConfig) -> AsAsked:
+    """Return how the loop's judge is asked to compare: for the verdict alone, or after an explanation."""
+    how = _explanation(config)
+    return {"rubric": pairwise(justified=how is not None), "explained": how, "seed": config.seed}
 
 
 def all_pairs(prompts: pa.Table, responses: Iterable[Mapping[str, Any]]) -> list[Match]:
@@ -73,12 +106,9 @@ def compare(
     `rubric`: another template, and `also`, by prompt id, what else it is filled in with. `explained`: how an
     explanation is drawn before the verdict is read; none: the verdict alone.
     """
-    rubric, also = rubric or _rubric(), also or {}
-    shown = {f"{order}/{number}": (match, order) for number, match in enumerate(played) for order in ("ab", "ba")}
-    asked = {
-        key: rubric.ask(prompt=match.prompt, **_in_order(match, order), **also.get(match.prompt_id, {}))
-        for key, (match, order) in shown.items()
-    }
+    rubric, also = rubric or pairwise(), also or {}
+    shown = {f"{order}/{number}": (match, order) for number, match in enumerate(played) for order in PLACES}
+    asked = {key: ask(rubric, *place, **also.get(place[0].prompt_id, {})) for key, place in shown.items()}
     before = _explain(asked, engine, explained, seed) if explained else dict.fromkeys(asked, "")
     requests = [
         Request(key, messages=asked[key], prefix=f"{text}{schemas.BETTER_LINE}") for key, text in before.items()
@@ -90,12 +120,12 @@ def compare(
         logprobs = told[key].logprobs if key in told else None
         if logprobs is None:
             why = "no_answer" if key in told and told[key].missing != "too_long" else "judge_prompt_too_long"
-            row = {"id": digest(order, match.prompt_id, match.a_id, match.b_id), "stage": stage, "reason": why}
-            drops.append({**row, "iteration": iteration, "detail": None})
+            name = digest(order, match.prompt_id, match.a_id, match.b_id)
+            drops.append({"id": name, "stage": stage, "reason": why, "iteration": iteration, "detail": None})
         else:
             p_first = judgments.normalise(logprobs)[0]
-            row = _row(match, order, p_first, judge_name, rubric.identity, iteration)
-            rows.append({**row, "text": f"{before[key]}{row['text']}"})
+            text = f"{before[key]}{schemas.BETTER_LINE}A:{p_first:.3f} B:{1 - p_first:.3f}"
+            rows.append({**row(match, order, judge_name, rubric.identity, iteration), "text": text, "verdict": p_first})
     return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
 
 
@@ -108,11 +138,36 @@ def _explain(asked: Mapping[str, tuple[Message, ...]], engine: Engine, how: Samp
     return {key: f"{told[key].text.strip()}\n" for key in asked if told[key].finish_reason in ("stop", "length")}
 
 
-def _in_order(match: Match, order: str) -> dict[str, str]:
-    return {"first": match.a, "second": match.b} if order == "ab" else {"first": match.b, "second": match.a}
+def ask(rubric: judgments.Rubric, match: Match, order: str, **also: str) -> tuple[Message, ...]:
+    """Render the question which of the two is better, `a` shown first in the order `ab`."""
+    first, second = (match.a, match.b) if order == "ab" else (match.b, match.a)
+    return rubric.ask(prompt=match.prompt, first=first, second=second, **also)
 
 
-def _row(match: Match, order: str, p_first: float, judge: str, rubric: str, iteration: int) -> dict[str, object]:
+def parse_better(text: str, finish_reason: str) -> Verdict:
+    """Read an explained verdict: 1 for A, shown first, 0 for B. One that names both, or none, is null with a reason.
+
+    It is for what is taught: a text that says `Better: A` and later `Better: B` is no good judgment, whatever it means.
+    """
+    if finish_reason != "stop":
+        return Verdict(None, judgments.why_not_whole(finish_reason))
+    named = {side for found in _BETTER.finditer(text) for side in (found[1], *_SIDE.findall(found[2]))}
+    if len(named) != 1:
+        return Verdict(None, "both_named" if named else "none_named")
+    if not explanation_in(text):
+        return Verdict(None, "no_explanation")
+    return Verdict(float(named == {"A"}), None)
+
+
+def explanation_in(text: str) -> str:
+    """Return what stands before the verdict and a new line, as where the verdict is asked for; empty for nothing."""
+    found = _BETTER.search(text)
+    before = text[: found.start() if found else None].strip().rstrip("*").rstrip()
+    return f"{before}\n" if before else ""
+
+
+def row(match: Match, order: str, judge: str, rubric: str, iteration: int) -> dict[str, object]:
+    """Lay out who met whom in which order, as a row JUDGMENTS without a verdict and a text."""
     first, second = (match.a_id, match.b_id) if order == "ab" else (match.b_id, match.a_id)
     return {
         "judgment_id": digest(first, second, judge, rubric),
@@ -126,8 +181,8 @@ def _row(match: Match, order: str, p_first: float, judge: str, rubric: str, iter
         "reading": "expected",
         "judge": judge,
         "rubric": rubric,
-        "text": f"{schemas.BETTER_LINE}A:{p_first:.3f} B:{1 - p_first:.3f}",
-        "verdict": p_first,
+        "text": "",
+        "verdict": None,
         "unreadable_reason": None,
         "finish_reason": "stop",
         "seed": 0,

@@ -79,20 +79,24 @@ class SeedDataConfig(Settings):
     """File or dataset of instructions with responses (`srlm data` shows what is taken), or `seed` = what ships."""
     eft: str = "seed"
     """File or dataset of ranked groups, or `seed`."""
-    eft_targets: Literal["written", "self", "endpoint", "ranked"] = "written"
+    eft_targets: Literal["written", "self", "endpoint", "ranked", "self_taught"] = "written"
     """What the judge learns to say. `written` = the score and the judgment that stand beside each response, as in the
     seed corpus. `self` = what sft_baseline says of it, where its scores agree with people's ranking (section 3.1.1).
     `endpoint` = the same by the model that `eft_endpoint` names: a weak model's own judgments rarely agree.
-    `ranked` = the score that the ranking gives; where the form is `justified`, below sft_baseline's justification."""
+    `ranked` = the score that the ranking gives; where the form is `justified`, below sft_baseline's justification.
+    `self_taught` = which of two responses is better, for methods that compare them: people's to an instruction of IFT,
+    or sft_baseline's to another request that it makes of it (arXiv:2408.02666). EFT's file is not taught then."""
     eft_endpoint: str | None = None
-    """Who judges for `endpoint`, and justifies for `ranked` if given: `model@http://host/v1`, or a model's path."""
+    """Who judges for `endpoint`, and justifies for `ranked` or writes all for `self_taught` if given:
+    `model@http://host/v1`, or a model's path."""
     eft_passes: int = Field(default=3, ge=1)
-    """Judgments tried of each response; the first pass that agrees is taken. Ours: the paper does not say."""
+    """Judgments tried of each response, or of each two in either order; the first pass that agrees, or is right, is
+    taken. Ours: the paper does not say."""
     eft_agree: Literal["strict", "top"] = "strict"
     """When a pass agrees: `strict` = no pair is inverted and one is in order; `top` = the best one has the highest
     score. Ours: the paper does not say."""
     eft_sampling: SamplingConfig = SamplingConfig(max_tokens=512)
-    """How those judgments are drawn."""
+    """How those judgments are drawn, and for `self_taught` the other requests and their answers."""
     heldout: str = "seed"
     """File or dataset of ranked groups that only measure the judge, or `seed`; or `split`: a share of EFT's groups."""
     heldout_share: float = Field(default=0.25, gt=0, lt=1)
@@ -104,13 +108,14 @@ class SeedDataConfig(Settings):
     ift_rows: int | None = Field(default=None, ge=1)
     """Use this many IFT rows, spread over the kinds; null = all."""
     eft_groups: int | None = Field(default=None, ge=1)
-    """Use this many EFT groups, spread over the kinds; null = all."""
+    """Use this many EFT groups, or instructions for `self_taught`, spread over the kinds; null = all."""
     keep_out: tuple[str, ...] = ()
     """More files or datasets whose prompts measure (AlpacaEval, MT-Bench, IFEval, …): like `heldout` and `evaluation`,
     neither they nor near copies of them are trained on."""
     eft_form: Literal["justified", "score"] = "justified"
     """What EFT teaches: justification then score line (the paper), or the score line alone (for the reading
-    `expected` without justification)."""
+    `expected` without justification). For `self_taught`, the explanation then the verdict line (for
+    `judgments.comparisons_justified`), or the verdict line alone, which needs nobody to write it."""
 
     @model_validator(mode="after")
     def _an_endpoint_has_a_name(self) -> "SeedDataConfig":
@@ -119,17 +124,17 @@ class SeedDataConfig(Settings):
                 "seed_data.eft_targets=endpoint needs the model that judges. "
                 "Set seed_data.eft_endpoint=model@http://host/v1."
             )
-        if self.eft_endpoint and self.eft_targets not in ("endpoint", "ranked"):
+        if self.eft_endpoint and self.eft_targets not in ("endpoint", "ranked", "self_taught"):
             raise ValueError(
-                f"seed_data.eft_endpoint judges for eft_targets=endpoint or ranked, and that is {self.eft_targets!r}. "
-                "Leave it out, or set eft_targets."
+                "seed_data.eft_endpoint judges for eft_targets=endpoint or ranked, or writes for self_taught, and that "
+                f"is {self.eft_targets!r}. Leave it out, or set eft_targets."
             )
         return self
 
     @property
     def eft_is_judged(self) -> bool:
-        """Whether a model writes the judgments that EFT teaches."""
-        return self.eft_targets in ("self", "endpoint") or (
+        """Whether a model writes the judgments that EFT teaches, or what they are of."""
+        return self.eft_targets in ("self", "endpoint", "self_taught") or (
             self.eft_targets == "ranked" and self.eft_form == "justified"
         )
 
@@ -198,6 +203,13 @@ class JudgmentsConfig(Settings):
     """Write a justification before the score. False only with `expected`; then all passes are equal and k must be 1."""
     rubric: str = "additive"
     """Name of a template in srlm_core/rubrics, or the path of your own."""
+    steps: Literal["min", "mean", "last"] | None = None
+    """Score a response step by step, each after those before it (arXiv:2503.03746, whose judge compares two next steps;
+    scores are ours): what the steps' scores come to. The steps are asked for by the rubric `step`; EFT teaches scores
+    of whole responses all the same. null = score the whole response."""
+    comparisons_justified: bool = False
+    """Explain before saying which of two responses is better, where the policy or judge compares; the explanation is
+    drawn by `sampling`. Ours. False = the verdict is read at once."""
     judge: str = "policy"
     """Who judges: `policy` (the paper), `base`, or the path of a frozen model."""
     sampling: SamplingConfig = SamplingConfig(max_tokens=512)

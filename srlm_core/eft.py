@@ -85,14 +85,14 @@ def _key(group: Group, response: Mapping[str, Any]) -> str:
 
 
 def judging(seed: SeedDataConfig, loop: JudgmentsConfig) -> JudgmentsConfig:
-    """Return how ranked responses are judged: as the loop does, always with a justification.
+    """Return how ranked responses are judged: as the loop does, but whole, and always with a justification.
 
     Where the ranks give the scores, one justification is wanted, and the score line that is put below it again.
     """
     given = seed.eft_targets == "ranked"
     changed = {
         "reading": "guided" if given and not seed.eft_endpoint else "text", "justified": True,
-        "k": 1 if given else seed.eft_passes, "min_valid": None, "sampling": seed.eft_sampling,
+        "k": 1 if given else seed.eft_passes, "min_valid": None, "sampling": seed.eft_sampling, "steps": None,
     }  # fmt: skip
     return loop.model_copy(update=changed)
 

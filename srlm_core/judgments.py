@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from srlm_core import schemas
+from srlm_core import reasoning, schemas
 from srlm_core.config import JudgmentsConfig, RunConfig
 from srlm_core.engines.protocol import Completion, Engine, Message, Request, Sampling
 from srlm_core.errors import ConfigError
@@ -31,6 +31,7 @@ RUBRICS = Path(__file__).parent / "rubrics"
 POINTS = ("0", "1", "2", "3", "4", "5")
 
 _TAGS = re.compile(r"<\s*(/?)\s*(request|response|judgment|rubric)\s*>", re.IGNORECASE)
+_TAGS_OF_STEPS = re.compile(r"<\s*(/?)\s*(before|step)\s*>", re.IGNORECASE)
 # a marker followed by a number, however odd the number is …
 _MARKED = re.compile(r"\bscore\W{0,3}[:=][\s*_<\[(]*(?=[+-]?\d)", re.IGNORECASE)
 # … and the numbers that are read: matched whole, never the first digit; no range, no decimal comma;
@@ -91,9 +92,9 @@ class Rubric(NamedTuple):
         return ({"role": "user", "content": content},)
 
 
-def defuse(text: str) -> str:
+def defuse(text: str, tags: re.Pattern[str] = _TAGS) -> str:
     """Make delimiters inside judged text harmless, visibly: </response> becomes ‹/response›."""
-    return _TAGS.sub(r"‹\1\2›", text.strip())
+    return tags.sub(r"‹\1\2›", text.strip())
 
 
 def load_rubric(
@@ -120,9 +121,18 @@ def load_rubric(
     return Rubric(path.stem, template)
 
 
+def loops_rubric(config: JudgmentsConfig) -> Rubric:
+    """Load what the loop's judge is asked with, of a whole response or of a step."""
+    if config.steps is None:
+        return load_rubric(config.rubric, justified=config.justified)
+    return load_rubric("step", justified=config.justified, asks_with=("prompt", "before", "step"))
+
+
 def texts(config: RunConfig) -> list[str]:
-    """Identify the template that the loop's judge is shown."""
-    return [load_rubric(config.judgments.rubric, justified=config.judgments.justified).identity]
+    """Identify the template that the loop's judge is shown and, where it is shown steps, what their scores come to."""
+    how = config.judgments
+    steps = [f"{how.steps} of at most {reasoning.MOST} steps"] if how.steps else []
+    return [loops_rubric(how).identity, *steps]
 
 
 class Task(NamedTuple):
@@ -163,33 +173,81 @@ def judge(
     """Judge each response in passes first .. k - 1; rows JUDGMENTS in task order, and DROPS.
 
     All passes of a response are one request, so its prompt is computed once. Pass i draws from the same stream
-    whether it is asked for at first or added later by a higher k.
+    whether it is asked for at first or added later by a higher k. With `config.steps` there is one request a step of
+    the response, and a pass over all of them is one row.
     """
-    rubric = load_rubric(config.rubric, justified=config.justified)
-    identity = rubric.identity
+    rubric = loops_rubric(config)
+    how = Sampling(config.sampling.temperature, config.sampling.top_p, config.sampling.max_tokens)
     asked = {
-        task.target_id: Request(
-            task.target_id,
-            messages=rubric.ask(prompt=task.prompt, response=task.response),
-            sampling=Sampling(config.sampling.temperature, config.sampling.top_p, config.sampling.max_tokens),
-            n=config.k - first,
-            seed=seed_for(seed, iteration, "judgments", task.target_id, judge_name) + first,
-        )
+        task.target_id: [
+            Request(
+                ".".join((task.target_id, *place)),
+                messages=messages,
+                sampling=how,
+                n=config.k - first,
+                seed=seed_for(seed, iteration, "judgments", task.target_id, judge_name, *place) + first,
+            )
+            for place, messages in _questions(task, rubric, config)
+        ]
         for task in work
     }
     read = {"text": _read_text, "guided": _read_guided, "expected": _read_expected}[config.reading]
     passes: dict[str, list[_Pass]] = defaultdict(list)
-    for target_id, made in read(list(asked.values()), engine, config):
-        passes[target_id].append(made._replace(number=made.number + first))
+    for name, made in read([request for of in asked.values() for request in of], engine, config):
+        passes[name].append(made._replace(number=made.number + first))
     rows: list[dict[str, object]] = []
     drops: list[dict[str, object]] = []
     for task in work:
-        if not passes[task.target_id]:
+        said = [sorted(passes[request.id]) for request in asked[task.target_id]]
+        if not all(said):
             row = {"id": task.target_id, "stage": "judgments", "reason": "judge_prompt_too_long"}
-            drops.append({**row, "iteration": iteration, "detail": None})
-        for made in sorted(passes[task.target_id]):
-            rows.append(_row(task, made, config.reading, identity, judge_name, iteration))
+            detail = None if config.steps is None else f"step {said.index([]) + 1} of {len(said)}"
+            drops.append({**row, "iteration": iteration, "detail": detail})
+            continue
+        for of_one_pass in zip(*said, strict=True):
+            made = of_one_pass[0] if config.steps is None else _joined(of_one_pass, config.steps)
+            rows.append(_row(task, made, config.reading, rubric.identity, judge_name, iteration))
     return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)
+
+
+def _questions(
+    task: Task, rubric: Rubric, config: JudgmentsConfig
+) -> Iterator[tuple[tuple[str, ...], tuple[Message, ...]]]:
+    """Yield what is asked about a response, and the place in it: one question, or one a step after those before it.
+
+    The questions about one response are the same up to where the steps before end: an engine reads that once. What was
+    said of those steps is not shown.
+    """
+    if config.steps is None:
+        yield (), rubric.ask(prompt=task.prompt, response=task.response)
+        return
+    steps = reasoning.cut(task.response)
+    for number, step in enumerate(steps, 1):
+        shown = {"prompt": task.prompt, "before": "\n\n".join(steps[: number - 1]), "step": step}
+        yield (str(number),), rubric.ask(**{name: defuse(text, _TAGS_OF_STEPS) for name, text in shown.items()})
+
+
+def _joined(steps: Sequence[_Pass], how: reasoning.Together) -> _Pass:
+    """Put one pass over the steps of a response together; one that cannot be read leaves the response without a score.
+
+    The text keeps each step's judgment, and ends in their scores.
+    """
+    texts = [f"Step {number} of {len(steps)}:\n{one.text.strip()}" for number, one in enumerate(steps, 1)]
+    scores = [one.verdict.value for one in steps]
+    read = [score for score in scores if score is not None]
+    if len(read) == len(steps):
+        value = reasoning.together(read, how)
+        verdict = Verdict(value, None)
+    else:
+        lost = scores.index(None)
+        value, verdict = None, Verdict(None, f"{steps[lost].verdict.unreadable_reason}, step {lost + 1}")
+    texts.append(f"{how} of {', '.join(map(_spelled, scores))}: {_spelled(value)}")
+    cut = next((one.finish_reason for one in steps if one.finish_reason != "stop"), "stop")
+    return steps[0]._replace(text="\n\n".join(texts), verdict=verdict, finish_reason=cut)
+
+
+def _spelled(score: float | None) -> str:
+    return "null" if score is None else f"{score:.4g}"
 
 
 def _row(task: Task, made: _Pass, reading: str, rubric: str, judge_name: str, iteration: int) -> dict[str, object]:

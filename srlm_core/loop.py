@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, counting, frozen_judge, judgments, measuring, store, training
+from srlm_core import annotating, comparisons, counting, frozen_judge, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.config import DpoConfig
@@ -51,7 +51,7 @@ def _look_for_named(run: Run) -> None:
     asked = {
         "judgments.judge": config.judgments.judge if "judge" in roles else "",
         "prompts.generator": config.prompts.generator if "generator" in roles else "",
-        "seed_data.eft_endpoint": config.seed_data.eft_endpoint if method.teaches_judging else "",
+        "seed_data.eft_endpoint": config.seed_data.eft_endpoint if method.teaches(config) else "",
     }
     if (run.campaign.model(f"M{config.iterations + 1}") / MARKER).exists():
         asked = {}
@@ -235,7 +235,7 @@ def _cannot_replay(path: Path, why: str) -> StoreError:
 
 
 def _preferences(parts: Sequence[_Part], how: DpoConfig) -> Iterator[pa.Table]:
-    ask = None if how.labelled else judgments.load_rubric("pairwise", justified=None).ask
+    ask = None if how.labelled else comparisons.pairwise().ask
     for path, only in parts:
         pairs = store.read_part(path)
         if only is not None:

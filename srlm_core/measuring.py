@@ -123,8 +123,9 @@ def _pieces(run: Run, model: Model, *, judging_only: bool) -> dict[str, list[Pie
 def _in_both_orders(run: Run, model: Model) -> Piece:
     """Lay out the best and the worst response of held-out groups, each shown first once."""
     played = evaluation.best_against_worst(run.seed_data.heldout[: run.config.evaluation.order_groups])
-    rubric = judgments.load_rubric("pairwise", justified=None).identity
-    return partial(comparisons.compare, played, judge_name=model.name), ["order", rubric, [list(m) for m in played]]
+    asked = comparisons.as_asked(run.config)
+    compare = partial(comparisons.compare, played, judge_name=model.name, **asked)
+    return compare, ["order", *comparisons.texts(run.config), [list(match) for match in played]]
 
 
 def _answer(run: Run, model: Model, asked: pa.Table, name: str) -> Piece:

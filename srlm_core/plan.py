@@ -14,7 +14,8 @@ ASSUMED_FILL = 0.5
 ASSUMED_PROMPT_TOKENS = 60
 RUBRIC_TOKENS = 180
 """Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
-
+ASSUMED_STEPS = 5
+"""Steps of a response, where each is judged."""
 
 ASSUMED_PAIRED = 0.6
 """Share of prompts that give a pair where a judge has to tell two responses apart."""
@@ -99,16 +100,16 @@ def plan(
         Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
         Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
         Line("responses", its * target * n, "responses", f"{its} × {target} × {sampled}"),
-        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}"),
+        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}{_of_steps(config)}"),
     ]
     if compared:
         each_pair = f"{its} × {target} × {n} × {n - 1}, each two in both orders"
         lines.append(Line("comparisons", its * target * compared, "comparisons", each_pair))
-    eft = _eft_judgments(config, seed_rows["eft"])
+    eft = _written_for_eft(config, seed_rows["eft"])
     if eft:
-        lines.append(Line("judgments for EFT", eft, "judgments", f"{seed_rows['eft']} ranked responses, each pass"))
-    eft_tokens = eft * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL
-    generated = its * generated_tokens(config, one) + (0 if config.seed_data.eft_targets == "endpoint" else eft_tokens)
+        lines.append(eft)
+    eft_tokens = eft.value * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL if eft else 0
+    generated = its * generated_tokens(config, one) + (0 if config.seed_data.eft_endpoint else eft_tokens)
     # a prompt is read once to be answered and once to be judged, a response once to be judged
     read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
     read += its * target * compared * 2 * answer  # nothing is written, both responses are read
@@ -120,7 +121,7 @@ def plan(
     ]
     epochs = config.training.sft.epochs
     instructed, judged = seed_rows["ift"] * 120, seed_rows["eft"] * (RUBRIC_TOKENS + 120)
-    teaches_judging = METHODS[config.method].teaches_judging
+    teaches_judging = METHODS[config.method].teaches(config)
     sft = epochs * (2 * instructed + judged if teaches_judging else instructed)
     asks = not config.training.dpo.labelled
     asked_of_pair = 2 * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + 2 * answer) if asks else 0
@@ -134,16 +135,28 @@ def plan(
 
 
 def generated_tokens(config: RunConfig, one: Iteration) -> float:
-    """Return the tokens that one iteration's engine writes: prompts, responses, judgments."""
+    """Return the tokens that one iteration's engine writes: prompts, responses, judgments, explained comparisons."""
     task = config.prompts.sampling.max_tokens * ASSUMED_FILL
-    return one.asked * task + one.target * one.n * (_answer(config) + one.k * _written(config))
+    explained = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.comparisons_justified else 0
+    judged = one.n * one.k * _written(config) + one.compared * explained
+    return one.asked * task + one.target * (one.n * _answer(config) + judged)
 
 
-def _eft_judgments(config: RunConfig, responses: int) -> int:
+def _written_for_eft(config: RunConfig, rows: int) -> Line | None:
+    """Count the judgments that a model writes of ranked responses, or what `self_taught` has it write."""
     seed = config.seed_data
-    if not seed.eft_is_judged or not METHODS[config.method].teaches_judging:
-        return 0
-    return responses if seed.eft_targets == "ranked" else responses * seed.eft_passes
+    if not seed.eft_is_judged or not METHODS[config.method].teaches(config):
+        return None
+    if seed.eft_targets == "self_taught":
+        passes = seed.eft_passes if seed.eft_form == "justified" else 0
+        how = f"{rows // 2} instructions: another request, its answer, {passes} verdicts in both orders"
+        return Line("texts for EFT", rows * (1 + passes), "texts", how)
+    passes = 1 if seed.eft_targets == "ranked" else seed.eft_passes
+    return Line("judgments for EFT", rows * passes, "judgments", f"{rows} ranked responses, each pass")
+
+
+def _of_steps(config: RunConfig) -> str:
+    return f", each over the steps of a response: {ASSUMED_STEPS} assumed" if config.judgments.steps else ""
 
 
 def _answer(config: RunConfig) -> float:
@@ -151,7 +164,9 @@ def _answer(config: RunConfig) -> float:
 
 
 def _written(config: RunConfig) -> float:
-    return config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    """Tokens of one judgment."""
+    of_one = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
+    return of_one * ASSUMED_STEPS if config.judgments.steps else of_one
 
 
 def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:

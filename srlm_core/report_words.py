@@ -339,6 +339,8 @@ def taught(counts: Mapping[str, Any] | None) -> str:
     """Say what became of the judgments that a model wrote for EFT; nothing where none did."""
     if not counts:
         return ""
+    if counts["targets"] == "self_taught":
+        return _self_taught(counts)
     said = f"{counts['judge']} wrote {counts['judgments']} judgments of ranked responses for M1 to learn from. "
     if counts["targets"] == "ranked":
         return said + f"{counts['readable']} hold a justification; the score below it is that of the human rank."
@@ -350,6 +352,28 @@ def taught(counts: Mapping[str, Any] | None) -> str:
         f"responses of a prompt agree with people's ranking of them; a share of {agreeing} of the prompts has such a "
         f"pass, which is taught. {counts['over_common']} responses with an over-common score are left out."
     )
+
+
+def _self_taught(counts: Mapping[str, Any]) -> str:
+    said = (
+        f"{counts['judge']} made another request of each of {counts['instructions']} instructions of IFT; for a share "
+        f"of {_share(counts['pairs'], counts['instructions'])} it and the answer to it can be used, and people's "
+        "response to the instruction is taken to be better than that answer. Nobody ranked them. "
+    )
+    if "judgments" in counts:
+        said += (
+            f"Asked which is better, it wrote {counts['judgments']} verdicts; a share of "
+            f"{_share(counts['readable'], counts['judgments'])} can be read, of these "
+            f"{_share(counts['right'], counts['readable'])} are right. {counts['one_sided']} are left out, of the "
+            "side that was named rightly more often. "
+        )
+    return said + f"M1 learns {counts['taught']} comparisons, A and B being right equally often, and no scores."
+
+
+def _share(part: int, n: int) -> str:
+    """Spell a share with its error; verdicts of one pair are taken for independent."""
+    share = part / n if n else None
+    return spell(share, math.sqrt(share * (1 - share) / n) if share is not None else None, n)
 
 
 def _about_the_sizes(found: Summary, matches: Matches) -> list[str]:
@@ -388,6 +412,9 @@ def _about_the_corpus(config: RunConfig) -> list[str]:
     ]
 
 
+_STEPS = {"min": "lowest", "mean": "mean", "last": "last"}
+
+
 def _about_the_reading(config: RunConfig) -> list[str]:
     reading = config.judgments
     said: list[str] = []
@@ -396,6 +423,11 @@ def _about_the_reading(config: RunConfig) -> list[str]:
             f"The loop reads its judge in the form {reading.reading!r}"
             + ("" if reading.justified else ", without a written justification")
             + ", not as text as the paper does. Its readable rate says little: compare “readable as text”."
+        )
+    if reading.steps:
+        said.append(
+            f"The judge scores a response step by step, and the response's score is the {_STEPS[reading.steps]} of "
+            "its steps'. What M1 learnt of judging are scores of whole responses."
         )
     if reading.judge == "policy":
         said.append(

@@ -54,7 +54,7 @@ class Run:
 
     @cached_property
     def seed_data(self) -> SeedData:
-        return load_seed(self.config, teaches_judging=METHODS[self.config.method].teaches_judging)
+        return load_seed(self.config, teaches_judging=METHODS[self.config.method].teaches(self.config))
 
     def model(self, name: str) -> Model:
         """Return a finished model of this campaign, or another one by path."""

@@ -101,7 +101,7 @@ def _files(config: RunConfig) -> dict[str, data.Loaded]:
 
 def _to_judge_by(seed: SeedDataConfig, groups: data.Loaded, ift: Sequence[Mapping[str, Any]]) -> data.Loaded:
     """Choose the groups that teach judging and, where their ranks are to score them, score them."""
-    if seed.eft_targets == "written":
+    if seed.eft_targets in ("written", "self_taught"):
         return groups._replace(rows=data.spread(groups.rows, seed.eft_groups))
     rows, taught = eft.apart_from(groups.rows, ift)
     chosen, common = data.spread(rows, seed.eft_groups), []

@@ -37,7 +37,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "prompts": ("prompts", "seed_data.heldout", "seed_data.evaluation", *SHARDS),
     "responses": ("responses", "rlaif.principles", "rlaif.rounds"),
     "judgments": (
-        "judgments.reading", "judgments.justified", "judgments.judge", "judgments.sampling", "judgments.k",
+        "judgments.reading", "judgments.justified", "judgments.steps", "judgments.comparisons_justified",
+        "judgments.judge", "judgments.sampling", "judgments.k",
         "dno.judge_by",
     ),
     "rewards": ("rlhf", "training.reward"),

@@ -74,7 +74,7 @@ class _OfRanks(RewardTrainer):
         seen = torch.stack([_seen(*row) for row in ranked])
         told: Any = self.accelerator.gather(seen.mean(dim=0)[None])
         for name, value in zip(("accuracy", "margin", "mean_reward"), told.mean(dim=0).tolist(), strict=True):
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._metrics["train" if model.training else "eval"][name].append(value)
         return (loss, outputs) if return_outputs else loss
 
 

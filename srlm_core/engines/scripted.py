@@ -47,7 +47,7 @@ _HOLLOW = [
     "Hollow: many things could be said here.", "Hollow: it depends on many factors.",
     "Hollow: opinions differ widely.", "Hollow: this is an interesting topic.", "Hollow: more research may help.",
 ]  # fmt: skip
-_JUDGED = re.compile(r"<response>\n(.*?)\n</response>", re.DOTALL)
+_JUDGED = re.compile(r"<(?:response|step)>\n(.*?)\n</(?:response|step)>", re.DOTALL)
 _JUDGMENT = re.compile(r"<judgment>\n.*?(?:Score: (\d))?\n</judgment>", re.DOTALL)
 
 
@@ -120,17 +120,21 @@ class ScriptedEngine:
         if _n_words(asked + request.prefix) + request.sampling.max_tokens > self.context:
             return Completion(request.id, index, "", 0, "too_long")
         rng = random.Random(seed_for("complete", asked, request.prefix, request.seed + index, self.skill))
-        if "series of tasks" in (asked or request.prefix):
+        if "series of tasks" in (asked or request.prefix) or asked.startswith("Write another request"):
             text, done = _task(rng), True
         elif asked.startswith("Grade a response"):
             text, done = self._judgment(asked, rng), rng.random() > 0.04
         elif _JUDGMENT.search(asked):
             a, b = self._nearness(asked, rng)
             text, done = f"One is nearer.\nWinner: Judgment {'A' if a > b else 'B'}", rng.random() > 0.04
+        elif "Better: A or Better: B" in asked:
+            text, done = self._preference(asked, rng), rng.random() > 0.04
         elif "[[" in asked:
             text, done = self._verdict(asked, rng), rng.random() > 0.04
         else:
             text, done = self._answer(rng), rng.random() > 0.03
+        if request.sampling.stop[:1] == ("Better:",):
+            text = text.partition("Better:")[0]
         return Completion(request.id, index, text, _n_words(text), "stop" if done else "length")
 
     def _answer(self, rng: random.Random) -> str:
@@ -153,6 +157,14 @@ class ScriptedEngine:
         seen = quality(_JUDGED.findall(asked)[0]) + rng.gauss(0, 1.2 - self.skill)
         near = [-abs(float(score or 2.5) - seen) for score in _JUDGMENT.findall(asked)]
         return [near[0] + 0.3, near[1]]
+
+    def _preference(self, asked: str, rng: random.Random) -> str:
+        """Say which of two responses is better, now and then both or neither."""
+        a, b = (quality(text) + rng.gauss(0, 1.2 - self.skill) for text in _JUDGED.findall(asked))
+        better = "A" if a > b else "B"
+        said = f"One makes more sound points, as one on {rng.choice(_THINGS)}."
+        odd = rng.random()
+        return said if odd < 0.04 else f"{said}\nBetter: {better}" + (" or Better: B" if odd > 0.96 else "")
 
     def _verdict(self, asked: str, rng: random.Random) -> str:
         """Judge as the published benchmarks ask: a grade, or one of five verdicts, in double brackets."""

@@ -31,6 +31,7 @@ def require_fit(config: RunConfig) -> None:
     for t in sorted({1, *(change.iteration for change in config.schedule)}):
         at = config.at(t)
         refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at) or _refuses_others(at)
+        refused = refused or _refuses_steps(at) or _refuses_self_taught(at) or _refuses_explanations(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -62,3 +63,44 @@ def _refuses_others(config: RunConfig) -> str | None:
     """Refuse responses of other models where no judge scores single ones."""
     fitting = [name for name, method in METHODS.items() if temporal.fits(method)]
     return temporal.refuses(METHODS[config.method], config, fitting)
+
+
+def _refuses_steps(config: RunConfig) -> str | None:
+    """Refuse scores of steps where no response is scored by a judge."""
+    judged = (step for step in METHODS[config.method].makes if step.makes == "judgments")
+    if config.judgments.steps is None or any(step.passes(config) for step in judged):
+        return None
+    return (
+        f"judgments.steps={config.judgments.steps} scores the steps of a response, and method={config.method} has no "
+        "judge score responses. Leave judgments.steps out, or take a method that does, such as self_rewarding."
+    )
+
+
+def _refuses_self_taught(config: RunConfig) -> str | None:
+    """Refuse to teach comparing where nothing is compared, or in another form than comparisons are asked for."""
+    if config.seed_data.eft_targets != "self_taught":
+        return None
+    if not METHODS[config.method].compares(config):
+        return (
+            "seed_data.eft_targets=self_taught teaches M1 to say which of two responses is better, and "
+            f"method={config.method} does not ask it that. Take other targets, or a method that compares: method=sppo, "
+            "scir, or dno with dno.judge_by=win_rate."
+        )
+    form, explained = config.seed_data.eft_form, config.judgments.comparisons_justified
+    if explained == (form == "justified"):
+        return None
+    return (
+        f"seed_data.eft_form={form} teaches M1 to compare {'after an' if form == 'justified' else 'without an'} "
+        f"explanation, and judgments.comparisons_justified={str(explained).lower()} asks it otherwise. Set "
+        "seed_data.eft_form=score with judgments.comparisons_justified=false, or justified with true."
+    )
+
+
+def _refuses_explanations(config: RunConfig) -> str | None:
+    """Refuse explained comparisons for a loss that reads the verdict at each step of training."""
+    if config.training.dpo.labelled or not config.judgments.comparisons_justified:
+        return None
+    return (
+        f"training.dpo.loss={config.training.dpo.loss} asks which response is better while it trains, without an "
+        "explanation, got judgments.comparisons_justified=true. Set it to false."
+    )

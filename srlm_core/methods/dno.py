@@ -60,6 +60,11 @@ def refuses(config: RunConfig) -> str | None:
     return None
 
 
+def by_win_rates(config: RunConfig) -> bool:
+    """Whether responses are compared two by two, not scored."""
+    return config.dno.judge_by == "win_rate"
+
+
 def take_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
     """Ask what the references answer."""
     return prompts.given([row["instruction"] for row in shard.given], iteration=shard.iteration, source="ift")
@@ -279,7 +284,8 @@ METHOD = Method(
     source="arXiv:2404.03715",
     given=given,
     refuses=refuses,
-    scores_win_rates=lambda config: config.dno.judge_by == "win_rate",
+    compares=by_win_rates,
+    scores_win_rates=by_win_rates,
     measures=measures,
     steps=(
         Step("prompts", (), None, prompts.VERSION, ("prompts.target",), take_prompts, takes_given=True),

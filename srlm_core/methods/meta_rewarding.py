@@ -35,6 +35,11 @@ def refuses(config: RunConfig) -> str | None:
             "method=meta_rewarding trains on judgments as they are written, got judgments.reading=expected, which "
             "writes no score. Set judgments.reading=text or guided, or meta.trains_judge=false."
         )
+    if config.meta.trains_judge and how.steps:
+        return (
+            "method=meta_rewarding trains on a judgment as the answer to one question, got judgments.steps="
+            f"{how.steps}, which asks one a step. Leave judgments.steps out, or set meta.trains_judge=false."
+        )
     return steps.refuses_one_response(config)
 
 

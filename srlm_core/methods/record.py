@@ -120,7 +120,10 @@ class Method:
     given: Callable[[RunConfig, SeedData, int], Given]
     """What iteration t begins with."""
     teaches_judging: bool = True
-    """M1 is taught IFT and EFT; where False, IFT alone, and so it is sft_baseline."""
+    """M1 is taught IFT and EFT, to score responses; where False, IFT alone, and so it is sft_baseline."""
+    compares: Callable[[RunConfig], bool] = lambda config: False
+    """Whether its judge, which its policy is or may be, says which of two responses is better, asked as by
+    comparisons.as_asked: what `seed_data.eft_targets = self_taught` teaches."""
     learns: Literal["dpo", "online"] = "dpo"
     """How M_{t+1} is trained: by DPO on `pairs`, or by a policy gradient on `prompts`, which the model of the role
     `reward` rewards."""
@@ -134,6 +137,10 @@ class Method:
     """Whether the scores of its pairs are win rates, 0 to 1: what the loss `sppo` reads."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
     """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""
+
+    def teaches(self, config: RunConfig) -> bool:
+        """Whether M1 is taught to judge: to score responses or, by `self_taught`, to compare them."""
+        return self.compares(config) if config.seed_data.eft_targets == "self_taught" else self.teaches_judging
 
     def start(self, t: int) -> str:
         """Name the model that M_{t+1} goes on from."""

@@ -61,6 +61,7 @@ METHOD = Method(
     title="Self-Consistent Internal Rewards, SCIR-style",
     source="after the idea of arXiv:2502.08922",
     given=steps.own_prompts,
+    compares=lambda config: True,
     labels=False,
     refuses=steps.refuses_one_response,
     measures=measures,

@@ -26,6 +26,7 @@ METHOD = Method(
     given=steps.own_prompts,
     teaches_judging=False,
     refuses=steps.refuses_one_response,
+    compares=lambda config: True,
     scores_win_rates=lambda config: True,
     measures=lambda made, config: steps.measure_comparisons(made["comparisons"]),
     steps=(

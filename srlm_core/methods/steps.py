@@ -150,6 +150,7 @@ def compare(shard: Shard) -> tuple[pa.Table, pa.Table]:
     return comparisons.compare(
         comparisons.all_pairs(shard.inputs["prompts"], worth_judging), shard.engine,
         judge_name=shard.models["judge"], iteration=shard.iteration, stage="comparisons",
+        **comparisons.as_asked(shard.config),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from engines.tiny import tiny_model
 
-from srlm_core import judgments, schemas, training
+from srlm_core import comparisons, schemas, training
 from srlm_core.config import DpoConfig
 from srlm_core.engines.training_job import TrainingJob
 from srlm_core.errors import ModelError, TrainingFailed
@@ -52,9 +52,7 @@ def pairs(n: int) -> pa.Table:
         }
         for i in range(n)
     ]  # fmt: skip
-    return training.preferences(
-        schemas.table(rows, schemas.PAIRS), judgments.load_rubric("pairwise", justified=None).ask
-    )
+    return training.preferences(schemas.table(rows, schemas.PAIRS), comparisons.pairwise().ask)
 
 
 def job(tmp_path: Path, model: Path, rows: pa.Table, *, name: str = "M1", reference: Path | None = None,

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 from tables import prompts, responses
 
-from srlm_core import judgments, pairs, recipes, report, schemas, show, store
+from srlm_core import comparisons, pairs, recipes, report, schemas, show, store
 from srlm_core.methods import scir
 from srlm_core.methods.record import Shard
 
@@ -47,7 +47,7 @@ def test_a_campaign_pairs_without_a_label_and_asks_in_both_orders(scripted):
             assert said[row[f"{role}_id"]]["prompt_id"] == row["prompt_id"]
         assert row["chosen"].strip() != row["rejected"].strip()
     trained = {row["id"]: row for row in pq.read_table(folder / "iter_01" / "training" / "rows.parquet").to_pylist()}
-    ask = judgments.load_rubric("pairwise", justified=None).ask
+    ask = comparisons.pairwise().ask
     for row in rows:
         asked, prompt = trained[row["pair_id"]], schemas.conversation(row["messages"])
         assert asked["asked_ab"] == list(ask(prompt=prompt, first=row["chosen"], second=row["rejected"]))
