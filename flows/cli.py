@@ -151,18 +151,42 @@ def show(campaign: str, prompt_id: str, root: Root = RUNS) -> None:
 
 @app.command()
 def compare(
-    campaigns: Annotated[list[str], typer.Argument(help="Two campaigns or more; differences are from the first.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: a campaign is read, a recipe is run first. What is both is read; campaign:NAME and "
+            "recipe:NAME say which is meant. Differences are from the first."
+        ),
+    ],
+    size: Size = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Run each recipe with the seeds 0 to n - 1.")] = 1,
+    sets: Annotated[
+        list[str],
+        typer.Option("--set", help="Override a setting, of one recipe alone by RECIPE:key=value. Repeatable."),
+    ] = [],  # noqa: B006 - as in `run`
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that each method is to generate: sets prompts.target by the plan.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Begins the campaigns' names; default: compare-SIZE.")] = None,
     root: Root = RUNS,
+    model: ModelPath = None,
+    prompts: PromptsFile = None,
+    redo: Annotated[bool, typer.Option(help="Go on though settings changed; what they change is made again.")] = False,
+    prefect: Annotated[bool, typer.Option(help="Show the campaigns to Prefect.")] = True,
+    mlflow: Annotated[bool, typer.Option(help="Record the campaigns in MLflow.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Put campaigns side by side, model by model, and write a page of what differs and by how much."""
-    from flows.looking import compared
-    from srlm_core import table
+    """Hold methods against each other: run or read them, and print one table with errors. The same command resumes."""
+    from flows import comparing
+    from srlm_core import standings
 
-    rows, page = compared(root, campaigns)
-    typer.echo(
-        json.dumps({"page": str(page), "models": rows}, indent=2) if as_json else f"{table.as_text(rows)}\n{page}"
-    )
+    asked = comparing.Asked(
+        names, size, seeds, sets, tokens, name, model, _absolute(prompts) if prompts else None, redo, prefect, mlflow,
+        as_json,
+    )  # fmt: skip
+    table, page = comparing.compare(root, asked)
+    told = {"page": str(page), "methods": standings.as_dicts(table), "caveats": standings.caveats(table)}
+    typer.echo(json.dumps(told, indent=2) if as_json else f"{standings.as_text(table)}\n{page}")
 
 
 @app.command()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srlm_core import table
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import ConfigError, StoreError
 from srlm_core.methods import METHODS, require_fit
@@ -29,22 +28,6 @@ def folder_of(root: Path, campaign: str) -> Path:
     near = difflib.get_close_matches(campaign, there, n=3, cutoff=0.5) or there[:5]
     hint = f"There are: {', '.join(near)}." if near else "There is none yet: `srlm run smoke` makes one in a minute."
     raise StoreError(f"expected a campaign {campaign!r} in {root.resolve()}. {hint}")
-
-
-def compared(root: Path, campaigns: Sequence[str]) -> tuple[list[dict[str, Any]], Path]:
-    """Compare campaigns: a row per model of each, and the page that was written. Raises StoreError where one lacks."""
-    from srlm_core.comparison import names, write_comparison
-
-    folders = [folder_of(root, name) for name in dict.fromkeys(campaigns)]
-    if len(folders) < 2:
-        raise StoreError(f"expected two campaigns or more to compare, got {', '.join(campaigns)}. Name another one.")
-    page = write_comparison(folders, root / "comparisons" / "_against_".join(folder.name for folder in folders))
-    rows = [
-        {"campaign": name, **row}
-        for name, folder in zip(names(folders), folders, strict=True)
-        for row in table.of_campaign(folder)
-    ]
-    return rows, page
 
 
 def simulated(flaws: Sequence[str], seeds: int, out: Path) -> tuple[Any, Path]:
@@ -89,23 +72,33 @@ def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
             models.resolve_model(config.model.path, config.model.revision, root / ".cache" / "models")
         )
         parameters, size = found.parameters, found.weight_bytes
-    method = METHODS[config.method]
-    seed = load_seed(config, teaches_judging=method.teaches(config))
+    seed = seed_of(config)
     rows = {
         "ift": len(seed.ift),
-        "eft": _taught(config, seed),
+        "eft": taught_rows(config, seed),
         "evaluation": len(seed.evaluation),
         "heldout": sum(len(group["responses"]) for group in seed.heldout),
-        "prompts": method.given(config, seed, 1).wanted,
     }
-    return plan(config, parameters, size, of_this_machine(os.cpu_count() or 1, gpus), rows)
+    machine = of_this_machine(os.cpu_count() or 1, gpus)
+    return plan(config, parameters, size, machine, rows, prompts_of(config, seed))
 
 
-def _taught(config: RunConfig, seed: SeedData) -> int:
+def seed_of(config: RunConfig) -> SeedData:
+    """Read the seed data as the method takes it."""
+    return load_seed(config, teaches_judging=METHODS[config.method].teaches(config))
+
+
+def taught_rows(config: RunConfig, seed: SeedData) -> int:
     """Count the judgments that M1 may be taught: of responses, or of two in both orders."""
     if config.seed_data.eft_targets != "self_taught":
         return sum(len(group["responses"]) for group in seed.eft)
     return 2 * min(len(seed.ift), config.seed_data.eft_groups or len(seed.ift))
+
+
+def prompts_of(config: RunConfig, seed: SeedData) -> list[int]:
+    """Say how many prompts each iteration is to hold."""
+    given = METHODS[config.method].given
+    return [given(config.at(t), seed, t).wanted for t in range(1, config.iterations + 1)]
 
 
 class Finding(NamedTuple):

@@ -7,9 +7,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srlm_core import __version__, interrupts, loop, settings, store, table
 from srlm_core.backend import Backend, describe_engine, make_backend, resolve
@@ -18,6 +19,9 @@ from srlm_core.errors import StoreError
 from srlm_core.executor import PlainExecutor
 from srlm_core.run import Run
 from srlm_core.store import Campaign
+
+if TYPE_CHECKING:
+    from flows.console import Console  # it draws on a terminal, and loads what it draws with
 
 log = logging.getLogger("srlm")
 
@@ -44,8 +48,6 @@ def run_recipe(
     as_json: bool,
 ) -> None:
     """Run a campaign from the command line, and say at the end where everything is."""
-    from flows.console import Console
-
     quiet()
     interrupts.listen()
     root = root.resolve()
@@ -53,7 +55,35 @@ def run_recipe(
     if fork:
         _fork(root, name, fork)
         name, redo = fork, True
-    with Campaign(root, name) as campaign, Console(campaign, as_json=as_json) as console:
+    console = carry_out(config, name, root, redo=redo, use_prefect=use_prefect, use_mlflow=use_mlflow, as_json=as_json)
+    page = root / name / "report" / "index.html"  # written when the loop said that it had finished
+    rows = table.of_campaign(root / name)
+    if as_json:
+        written = str(page) if page.is_file() else None
+        found = {"campaign": str(root / name), "report": written, "models": rows}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        console.farewell(rows, page, root)
+
+
+def carry_out(
+    config: RunConfig,
+    name: str,
+    root: Path,
+    *,
+    redo: bool,
+    use_prefect: bool,
+    use_mlflow: bool,
+    as_json: bool,
+    others: Sequence[str] = (),
+) -> "Console":
+    """Run a campaign of resolved settings to its end, or go on with it; return who told of it.
+
+    `others`: campaigns under the root of which it may take what is made of the same things.
+    """
+    from flows.console import Console
+
+    with Campaign(root, name, others) as campaign, Console(campaign, as_json=as_json) as console:
         agree(campaign, config, redo=redo)
         console.say(
             f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, "
@@ -63,14 +93,7 @@ def run_recipe(
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
         _run(config, campaign, backend, console, use_prefect=use_prefect, use_mlflow=use_mlflow)
-        page = campaign.report / "index.html"  # written when the loop said that it had finished
-        rows = table.of_campaign(campaign.folder)
-    if as_json:
-        written = str(page) if page.is_file() else None
-        found = {"campaign": str(campaign.folder), "report": written, "models": rows}
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        console.farewell(rows, page, root)
+    return console
 
 
 def _run(

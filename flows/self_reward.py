@@ -44,7 +44,8 @@ def _known_recipe(name: str) -> str:
     return name
 
 
-def _override(text: str) -> str:
+def override(text: str) -> str:
+    """Check one that the form was given."""
     try:
         recipes.parse_override(text)
     except ConfigError as error:
@@ -66,7 +67,7 @@ Recipe = Annotated[str, AfterValidator(_known_recipe), Field(description="A reci
 Size = Annotated[str | None, Field(description="smoke, demo, small, node, paper; empty: the recipe's own.")]
 Name = Annotated[str, Field(description="The same name again goes on with a campaign. Empty: recipe and size.")]
 Overrides = Annotated[
-    list[Annotated[str, AfterValidator(_override)]], Field(description="Settings as key=value: responses.n=8")
+    list[Annotated[str, AfterValidator(override)]], Field(description="Settings as key=value: responses.n=8")
 ]
 Root = Annotated[str, Field(description="Folder of all campaigns, shared by the machines that work on them.")]
 Redo = Annotated[bool, Field(description="Go on though settings changed; what they change is made again.")]

@@ -20,14 +20,24 @@ Campaigns = Mapping[str, Summary]
 """By name; the first is the one that the others are held against."""
 
 
-def write_comparison(folders: Sequence[Path], target: Path) -> Path:
-    """Write index.html, comparison.md and figures into a folder; return the path of the page."""
+def write_comparison(
+    folders: Sequence[Path],
+    target: Path,
+    *,
+    standings: Mapping[str, Any] | None = None,
+    figure: report_figures.Figure | None = None,
+) -> Path:
+    """Write index.html, comparison.md and figures into a folder; return the path of the page.
+
+    `standings`: a table that stands above it all, as `grid` and `notes`, and `caveats`; `figure` belongs to it.
+    """
     folders = list(dict.fromkeys(folders))
     campaigns = {name: summary.collect(folder) for name, folder in zip(names(folders), folders, strict=True)}
     content = {
         "names": list(campaigns),
         "headline": headline(campaigns),
-        "caveats": caveats(folders, campaigns),
+        "standings": standings,
+        "caveats": standings["caveats"] if standings else caveats(folders, campaigns),
         "columns": table.COLUMNS,
         "cell": table.cell,
         "rows": [{"campaign": name, **row} for name, found in campaigns.items() for row in table.rows(found)],
@@ -35,7 +45,8 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
         "settings": other_settings(campaigns),
         **stories(folders, campaigns),
     }
-    return pages.write(target, "comparison", content, figures(campaigns))
+    above = {figure.name: figure} if figure else {}
+    return pages.write(target, "comparison", content, above | figures(campaigns))
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -94,7 +105,6 @@ def caveats(folders: Sequence[Path], campaigns: Campaigns) -> list[str]:
         *said,
         "Errors are reckoned as if each had been asked prompts of its own: where these are the same, the error of a "
         "difference is usually smaller than stated.",
-        "One campaign each is one draw of the seed: what two seeds differ by is in no error here.",
     ]
 
 

@@ -1,6 +1,5 @@
 """lesson: one training run of a campaign, found made, gone on with, or begun; and what it leaves behind."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -72,17 +71,37 @@ def take_as(run: Run, name: str, taught: Model) -> None:
     output, marker = run.campaign.model(name), store.read_json(taught.path / MARKER)
     if store.read_json(output / MARKER) == marker and run.backend.digest(output) == taught.digest:
         return
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(taught.path, output, copy_function=_link, ignore=shutil.ignore_patterns(MARKER))
-    store.write_json(output / MARKER, marker)
+    _link_model(taught.path, output)
     run.tell("note", text=f"{name} is {taught.name}: this method teaches no judging")
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+def _link_model(source: Path, target: Path) -> None:
+    """Give a finished model a second place; its marker comes last."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=store.link_or_copy, ignore=shutil.ignore_patterns(MARKER))
+    store.link(source / MARKER, target / MARKER)
+
+
+def _take_from_another(run: Run, lesson: Lesson, made_from: str) -> Model | None:
+    """Link a model that another campaign trained on the same rows, with its log; None where there is none."""
+    output, work_dir = run.campaign.model(lesson.name), lesson.work_dir
+    drops = _drops_of(lesson)
+    for model, work, left_out in run.campaign.elsewhere(output, work_dir, drops):
+        marker = store.read_json(model / MARKER)
+        if marker and marker["fingerprint"] == made_from and run.backend.digest(model) == marker["digest"]:
+            shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)  # of a training that was cut short
+            for path in work.glob("*.parquet"):
+                store.link(path, work_dir / path.name)
+            if left_out.exists():
+                store.link(left_out, drops)
+            _link_model(model, output)
+            run.tell("note", text=f"{lesson.name} is that of {model.parents[1].name}: the same rows, settings and seed")
+            return Model(lesson.name, output, marker["digest"])
+    return None
+
+
+def _drops_of(lesson: Lesson) -> Path:
+    return lesson.folder / "drops" / f"part-training-{lesson.name}.parquet"
 
 
 def _find_or_train(run: Run, lesson: Lesson) -> Model:
@@ -91,6 +110,8 @@ def _find_or_train(run: Run, lesson: Lesson) -> Model:
     marker = store.read_json(output / MARKER)
     if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
         return Model(lesson.name, output, marker["digest"])
+    if taken := _take_from_another(run, lesson, made_from):
+        return taken
     with run.phase(f"training {lesson.name}"):
         result = _train_again(run, lesson, made_from)
     trained, reference = Model(lesson.name, output, run.backend.digest(output)), lesson.reference
@@ -101,6 +122,7 @@ def _find_or_train(run: Run, lesson: Lesson) -> Model:
             "init_from": [lesson.init.name, lesson.init.digest],
             "reference": [reference.name, reference.digest] if reference else None,
             **({"reward": [lesson.reward.name, lesson.reward.digest]} if lesson.reward else {}),
+            **({"tokens": result.generated_tokens} if result.generated_tokens else {}),
             "steps": result.steps, "seconds": round(result.seconds, 1),
         },
     )  # fmt: skip
@@ -158,4 +180,4 @@ def _keep_training_log(result: TrainingResult, lesson: Lesson, made_from: str) -
         {"id": row_id, "stage": "training", "reason": reason, "iteration": t, "detail": f"{name}: {n_tokens} tokens"}
         for row_id, reason, n_tokens in result.dropped
     ]
-    store.write_part(folder / "drops" / f"part-training-{name}.parquet", schemas.table(drops, schemas.DROPS), made_from)
+    store.write_part(_drops_of(lesson), schemas.table(drops, schemas.DROPS), made_from)

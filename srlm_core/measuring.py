@@ -28,7 +28,7 @@ from srlm_core.engines.on_demand import OnDemand
 from srlm_core.engines.protocol import Engine
 from srlm_core.executor import Pending, Work
 from srlm_core.run import Run
-from srlm_core.store import Made, digest, materialize, part_path
+from srlm_core.store import Fresh, Made, digest, materialize, part_path
 from srlm_core.suites import Taken, capability, record
 from srlm_core.suites.record import Item, Tables
 
@@ -241,12 +241,13 @@ def make_part(
     made_from = digest(
         stage, evaluation.VERSION, name, run.config.seed, model.name, model.digest, engine, what, length=32
     )
-    made = materialize(
-        part_path(folder / name, number),
-        made_from,
-        lambda present: make(lend(model).stage(stage)),
-        drops=store.drops_path(folder, name, number),
-    )
+    path, drops = part_path(folder / name, number), store.drops_path(folder, name, number)
+
+    def fresh(present: pa.Table | None) -> Fresh:
+        view = lend(model).stage(stage)
+        return Fresh(*make(view), view.tokens)
+
+    made = materialize(path, made_from, fresh, drops=drops, elsewhere=run.campaign.elsewhere(path, drops))
     run.tell("part", stage=stage, iteration=0, shard=number, path=made.path, reused=made.reused)
     return made
 

@@ -1,11 +1,14 @@
 """plan: what a campaign will ask for, with the arithmetic, before anything is loaded."""
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from srlm_core import responses
 from srlm_core.config import RunConfig
-from srlm_core.methods import METHODS, method_of
-from srlm_core.methods.record import Training
+from srlm_core.errors import ConfigError
+from srlm_core.methods import METHODS, method_of, steps
+from srlm_core.methods.record import Asked, Training
 
 ASSUMED_YIELD = 0.6
 """Share of asked prompts that survive the filters; small models do worse."""
@@ -14,8 +17,7 @@ ASSUMED_FILL = 0.5
 ASSUMED_PROMPT_TOKENS = 60
 RUBRIC_TOKENS = 180
 """Rubric and chat template around what is judged. An engine reads them once, a trainer in every row."""
-ASSUMED_STEPS = 5
-"""Steps of a response, where each is judged."""
+
 
 ASSUMED_PAIRED = 0.6
 """Share of prompts that give a pair where a judge has to tell two responses apart."""
@@ -43,38 +45,45 @@ class Hardware(NamedTuple):
 class Iteration(NamedTuple):
     """What one iteration of a method asks for."""
 
+    t: int
     target: int
     """Prompts that it holds."""
-    asked: int
-    """Prompts that the model is asked to write."""
-    n: int
-    """Responses sampled to each, by all models."""
-    k: int
-    """Judgments of each."""
-    compared: int
-    """Comparisons of the responses of a prompt, both orders."""
-    paired: float
-    """Share of prompts that give a pair."""
     trainings: int
     """Models that learn from pairs."""
+    asked: Mapping[str, Asked]
+    """Of one prompt, by what the step makes; a prompt that is written is asked for as often as it takes."""
 
     @classmethod
-    def of(cls, config: RunConfig, target: int) -> "Iteration":
-        """Look at the method's steps."""
-        method = method_of(config)
-        made = {step.makes: step for step in method.makes}
-        writes, n = made["prompts"].role is not None, config.responses.n * len(made.keys() & {*responses.DATASETS})
-        k = made["judgments"].passes(config) if "judgments" in made else 0
-        compared = made["comparisons"].passes(config) * n * (n - 1) // 2 if "comparisons" in made else 0
-        return cls(
-            target,
-            round(target * (1 - config.prompts.file_share) / ASSUMED_YIELD) if writes else 0,
-            n,
-            k,
-            compared,
-            ASSUMED_PAIRED if k or compared else 1.0,
-            1 + sum(isinstance(step, Training) and step.kind == "dpo" for step in method.steps),
-        )
+    def of(cls, config: RunConfig, t: int, target: int) -> "Iteration":
+        """Look at the method's steps, by the settings of iteration t."""
+        now = config.at(t)
+        method = method_of(now)
+        asked = {step.makes: step.asks(now, t) for step in method.makes}
+        asked["responses in training"] = method.training_asks(now, t)
+        written = asked["prompts"]
+        trainings = 1 + sum(isinstance(step, Training) and step.kind == "dpo" for step in method.steps)
+        asked["prompts"] = written._replace(requests=written.requests / ASSUMED_YIELD)
+        return cls(t, target, trainings, asked)
+
+    def requests(self, step: str) -> float:
+        """Return what a step asks for in all; 0 for one that the method does not have."""
+        return self.target * self.asked.get(step, Asked()).requests
+
+    @property
+    def generated(self) -> float:
+        """Tokens that its engines write."""
+        return self.target * sum(of.requests * of.writes for of in self.asked.values()) * ASSUMED_FILL
+
+    @property
+    def read(self) -> float:
+        """Texts as long as a response that its engines read."""
+        return self.target * sum(of.reads for of in self.asked.values())
+
+    @property
+    def paired(self) -> float:
+        """Share of prompts that give a pair: where something has to tell two responses apart, not all do."""
+        told_apart = any(of.reads for of in self.asked.values())
+        return ASSUMED_PAIRED if told_apart else 1.0
 
 
 def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
@@ -85,34 +94,35 @@ def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
 
 
 def plan(
-    config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, seed_rows: dict[str, int]
+    config: RunConfig,
+    parameters: int,
+    weights_bytes: int,
+    hardware: Hardware,
+    seed_rows: Mapping[str, int],
+    prompts: Sequence[int],
 ) -> list[Line]:
     """Return requests, tokens, memory, disk and hours.
 
-    `seed_rows` counts ift, eft (responses), evaluation, heldout (responses), and the prompts of an iteration.
+    `seed_rows` counts ift, eft (responses), evaluation and heldout (responses); `prompts` those of each iteration.
     """
-    its, one = config.iterations, Iteration.of(config, seed_rows["prompts"])
-    target, asked, n, k, compared, paired, trainings = one
+    its = [Iteration.of(config, t, target) for t, target in enumerate(prompts, start=1)]
     answer, written = _answer(config), _written(config)
-    sampled = f"N={n}" if n <= config.responses.n else f"N={config.responses.n} of {n // config.responses.n} models"
-    models = its + 3 if config.evaluation.models == "all" else its + 1 if config.evaluation.models == "policy" else 0
-    lines = [
-        Line("new prompts", its * target, "prompts", f"{its} iterations × {target}"),
-        Line("requests for prompts", its * asked, "requests", f"{its} × {asked}, {ASSUMED_YIELD:.0%} of them kept"),
-        Line("responses", its * target * n, "responses", f"{its} × {target} × {sampled}"),
-        Line("judgments", its * target * n * k, "judgments", f"{its} × {target} × {n} × K={k}{_of_steps(config)}"),
-    ]
-    if compared:
-        each_pair = f"{its} × {target} × {n} × {n - 1}, each two in both orders"
-        lines.append(Line("comparisons", its * target * compared, "comparisons", each_pair))
+    models = len(its) + 3 if config.evaluation.models == "all" else len(its) + 1
+    models = 0 if config.evaluation.models == "none" else models
+    lines = [Line("new prompts", sum(prompts), "prompts", " + ".join(map(str, prompts)) or "no iteration")]
+    asking = dict.fromkeys(["prompts", "responses", "judgments", *(step for one in its for step in one.asked)])
+    for step in asking:
+        asked = [one.requests(step) for one in its]
+        if any(asked) or step in ("prompts", "responses", "judgments"):
+            name = "requests for prompts" if step == "prompts" else step.replace("_", " ")
+            lines.append(Line(name, sum(asked), "requests" if step == "prompts" else name, _spelled(its, step)))
     eft = _written_for_eft(config, seed_rows["eft"])
     if eft:
         lines.append(eft)
-    eft_tokens = eft.value * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL if eft else 0
-    generated = its * generated_tokens(config, one) + (0 if config.seed_data.eft_endpoint else eft_tokens)
-    # a prompt is read once to be answered and once to be judged, a response once to be judged
-    read = its * (asked * 300 + target * (2 * ASSUMED_PROMPT_TOKENS + n * answer))
-    read += its * target * compared * 2 * answer  # nothing is written, both responses are read
+    generated = generated_tokens(config, seed_rows["eft"], prompts)
+    # a prompt is read once to be answered and once to be judged
+    read = sum(one.requests("prompts") * 300 + one.read * answer for one in its)
+    read += sum(prompts) * 2 * ASSUMED_PROMPT_TOKENS
     evaluated = models * (seed_rows["evaluation"] * answer + seed_rows["heldout"] * (80 + written))
     lines += [
         Line("tokens generated", generated, "tokens", f"completions at {ASSUMED_FILL:.0%} of max_tokens"),
@@ -126,20 +136,56 @@ def plan(
     asks = not config.training.dpo.labelled
     asked_of_pair = 2 * (RUBRIC_TOKENS + ASSUMED_PROMPT_TOKENS + 2 * answer) if asks else 0
     pair = 2 * (ASSUMED_PROMPT_TOKENS + answer) + asked_of_pair
-    dpo = its * trainings * config.training.dpo.epochs * target * paired * pair
+    many = METHODS[config.method].pairs_of_a_prompt(config)
+    dpo = config.training.dpo.epochs * pair * sum(one.trainings * one.target * one.paired * many for one in its)
     sfts = "SFT twice (baseline, M1)" if teaches_judging else "SFT once"
-    taught = f"{sfts} + {'DPO twice' if trainings > 1 else 'DPO'}"
-    how = f"{taught} on {paired:.0%} of the prompts, both sides{', compared in both orders' if asks else ''}"
+    dpos = "DPO twice" if any(one.trainings > 1 for one in its) else "DPO"
+    share = f"{its[0].paired:.0%}" if its else "none"
+    each = f", up to {many:g} pairs each" if many > 1 else ""
+    how = f"{sfts} + {dpos} on {share} of the prompts{each}, both sides{', compared in both orders' if asks else ''}"
     lines.append(Line("tokens trained on", sft + dpo, "tokens", how))
     return lines + _costs(config, parameters, weights_bytes, hardware, generated + read + evaluated, sft, dpo)
 
 
-def generated_tokens(config: RunConfig, one: Iteration) -> float:
-    """Return the tokens that one iteration's engine writes: prompts, responses, judgments, explained comparisons."""
-    task = config.prompts.sampling.max_tokens * ASSUMED_FILL
-    explained = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.comparisons_justified else 0
-    judged = one.n * one.k * _written(config) + one.compared * explained
-    return one.asked * task + one.target * (one.n * _answer(config) + judged)
+def _spelled(its: Sequence[Iteration], step: str) -> str:
+    """Write prompts × requests of a prompt, iterations that are alike together."""
+    alike = Counter((one.target, one.asked.get(step, Asked()).requests) for one in its)
+    kept = f", {ASSUMED_YIELD:.0%} of them kept" if step == "prompts" else ""
+    return " + ".join(f"{count} × {target} × {each:.3g}" for (target, each), count in alike.items()) + kept
+
+
+def generated_tokens(config: RunConfig, eft: int, prompts: Sequence[int]) -> float:
+    """Return the tokens that are generated to train on; evaluation comes on top.
+
+    `eft`: ranked responses that the seed data hold; `prompts`: those of each iteration.
+    """
+    its = [Iteration.of(config, t, target) for t, target in enumerate(prompts, start=1)]
+    return _eft_tokens(config, eft) + sum(one.generated for one in its)
+
+
+def target_for(config: RunConfig, eft: int, tokens: float) -> int | None:
+    """Return the prompts.target by which a campaign generates about so many tokens to train on; at least 1.
+
+    None where it generates none for a prompt. Raises ConfigError for fewer tokens than one prompt an iteration takes.
+    """
+    fixed, iterations = _eft_tokens(config, eft), range(1, config.iterations + 1)
+    one_more = sum(Iteration.of(config, t, 1).generated for t in iterations)
+    if not one_more:
+        return None
+    smallest = math.ceil(fixed + one_more)
+    if tokens < smallest:
+        raise ConfigError(
+            f"--tokens: expected at least {smallest:,} for {config.recipe} at size {config.size}, one prompt an "
+            f"iteration, got {tokens:,}. Raise it, or lower max_tokens."
+        )
+    return max(1, round((tokens - fixed) / one_more))
+
+
+def _eft_tokens(config: RunConfig, eft: int) -> float:
+    texts = _written_for_eft(config, eft)
+    if texts is None or config.seed_data.eft_endpoint:
+        return 0.0
+    return texts.value * config.seed_data.eft_sampling.max_tokens * ASSUMED_FILL
 
 
 def _written_for_eft(config: RunConfig, rows: int) -> Line | None:
@@ -155,10 +201,6 @@ def _written_for_eft(config: RunConfig, rows: int) -> Line | None:
     return Line("judgments for EFT", rows * passes, "judgments", f"{rows} ranked responses, each pass")
 
 
-def _of_steps(config: RunConfig) -> str:
-    return f", each over the steps of a response: {ASSUMED_STEPS} assumed" if config.judgments.steps else ""
-
-
 def _answer(config: RunConfig) -> float:
     return config.responses.sampling.max_tokens * ASSUMED_FILL
 
@@ -166,13 +208,14 @@ def _answer(config: RunConfig) -> float:
 def _written(config: RunConfig) -> float:
     """Tokens of one judgment."""
     of_one = config.judgments.sampling.max_tokens * ASSUMED_FILL if config.judgments.justified else 1
-    return of_one * ASSUMED_STEPS if config.judgments.steps else of_one
+    return of_one * steps.ASSUMED_STEPS if config.judgments.steps else of_one
 
 
 def sampling_seconds(config: RunConfig, parameters: int, hardware: Hardware) -> float:
     """Return how long the engines of one iteration are expected to write; one that only evaluates writes less."""
-    one = Iteration.of(config, config.prompts.target)
-    return generated_tokens(config, one) * 2 * parameters / (hardware.flops * hardware.devices)
+    its = (Iteration.of(config, t, config.prompts.target) for t in range(1, config.iterations + 1))
+    most = max((one.generated for one in its), default=0.0)
+    return most * 2 * parameters / (hardware.flops * hardware.devices)
 
 
 def _costs(
@@ -181,7 +224,7 @@ def _costs(
     speed = hardware.flops * hardware.devices / (2 * parameters)
     training = (sft * 6 + dpo * 8) * parameters / (hardware.training_flops * hardware.devices)
     kept = 4 if config.training.dpo.save_dtype == "float32" else 2
-    saved = config.iterations * Iteration.of(config, 0).trainings + 2
+    saved = sum(Iteration.of(config, t, 0).trainings for t in range(1, config.iterations + 1)) + 2
     gib = 1024**3
     state = parameters * (4 + 4 + 8) if not config.training.dpo.lora_rank else parameters * 4.5
     sampled = f"{inference:,.0f} tokens at {speed:,.0f}/s ({hardware.name})"

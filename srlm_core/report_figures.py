@@ -400,6 +400,44 @@ def minutes(timings: Mapping[str, float]) -> Figure | None:
     return draw("minutes", "Where the time went", note, paint, size=(7.2, 0.8 + 0.26 * len(timings)))
 
 
+class Point(NamedTuple):
+    """A model: what was generated until it was there, and its points."""
+
+    model: str
+    tokens: float
+    points: float
+    stderr: float | None
+
+
+def over_tokens(lines: Mapping[str, Sequence[Point]]) -> Figure:
+    """Draw points over generated tokens, a line for each method, a marker for each of its models."""
+
+    def paint(canvas: Any) -> None:
+        axes = _single(canvas)
+        for number, (name, points) in enumerate(lines.items()):
+            dash = ("-", "--", ":")[number // len(_SERIES) % 3]
+            axes.errorbar(
+                [point.tokens for point in points],
+                [point.points for point in points],
+                yerr=[float("nan") if point.stderr is None else point.stderr for point in points],
+                marker="o", linestyle=dash, color=_SERIES[number % len(_SERIES)], markersize=5, capsize=3,
+                elinewidth=1.3, linewidth=1.3, label=name,
+            )  # fmt: skip
+            for point in points:
+                axes.annotate(
+                    point.model, (point.tokens, point.points), (4, 4), textcoords="offset points", fontsize=8,
+                    color=FAINT,
+                )  # fmt: skip
+        axes.axhline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_xlabel("tokens generated to train on, until the model was there")
+        axes.set_ylabel("share of points")
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0)
+
+    note = "Head to head against sft_baseline, a tie counts 1/2; mean over seeds ± one standard error where it has one."
+    return draw("over_tokens", "Points over generated tokens", note, paint, size=(7.2, 3.4))
+
+
 def by_campaign(
     name: str, title: str, unit: str, metric: str, campaigns: Mapping[str, Summary], *, level: float | None
 ) -> Figure | None:

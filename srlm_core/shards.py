@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from srlm_core.measuring import Lend
 from srlm_core.methods import method_of
 from srlm_core.methods.record import Given, Shard, Step, Training
 from srlm_core.run import Run
-from srlm_core.store import Made, digest, materialize, part_path
+from srlm_core.store import Fresh, Made, digest, materialize, part_path
 
 REWARD = "reward"
 """Role and kind of the model that rewards responses."""
@@ -232,15 +233,16 @@ def _make_part(
         length=32,
     )  # fmt: skip
 
-    def make(present: pa.Table | None) -> tuple[pa.Table, pa.Table]:
-        engine = lend(model).stage(step.makes) if model else _NO_ENGINE
-        filled = replace(_with_inputs(shard, step, folder, inputs), engine=engine, present=present)
-        if not step.in_order:
-            return step.run(filled)
-        with shard.kept.on_trial():  # what is kept is learnt from the finished file
-            return step.run(filled)
+    def make(present: pa.Table | None) -> Fresh:
+        engine = lend(model).stage(step.makes) if model else None
+        filled = replace(_with_inputs(shard, step, folder, inputs), engine=engine or _NO_ENGINE, present=present)
+        # what is kept is learnt from the finished file
+        with shard.kept.on_trial() if step.in_order else nullcontext():
+            rows, left_out = step.run(filled)
+        return Fresh(rows, left_out, engine.tokens if engine else 0)
 
-    made = materialize(path, made_from, make, drops=drops, passes=step.passes(config))
+    elsewhere = run.campaign.elsewhere(path, drops)
+    made = materialize(path, made_from, make, drops=drops, passes=step.passes(config), elsewhere=elsewhere)
     run.tell("part", stage=step.makes, iteration=shard.iteration, shard=shard.number, path=path, reused=made.reused)
     return made
 

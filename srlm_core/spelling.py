@@ -9,7 +9,7 @@ def spell(value: float | None, stderr: float | None = None, n: int | None = None
     if value is None:
         return "–"
     text = f"{value:{form}}"
-    text = text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+    text = text.lstrip("+-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
     if stderr is not None:
         text += f" ± {stderr:{form.lstrip('+')}}"
     return text if n is None else f"{text} (n = {n})"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -203,18 +203,29 @@ class Made(NamedTuple):
         return [self.stamp.fingerprint, self.stamp.digest]
 
 
+class Fresh(NamedTuple):
+    """What a part is written from."""
+
+    rows: pa.Table
+    drops: pa.Table
+    tokens: int = 0
+    """Tokens that models generated for it."""
+
+
 def materialize(
     path: Path,
     fingerprint: str,
-    make: Callable[[pa.Table | None], tuple[pa.Table, pa.Table]],
+    make: Callable[[pa.Table | None], Fresh],
     *,
     drops: Path,
     passes: int = 1,
+    elsewhere: Iterable[Sequence[Path]] = (),
 ) -> Made:
     """Return the part at `path` if it is intact and was made from the same things; else make it.
 
-    `make` returns (rows, drops). It is handed the present rows where they are good but hold fewer than `passes`
-    judgment passes, else null. The drops are written first, so that the part's existence means both are there.
+    `make` is handed the present rows where they are good but hold fewer than `passes` judgment passes, else null. The
+    drops are written first, so that the part's existence means both are there. `elsewhere`: where another campaign
+    may hold the same part and its drops; one that was made from the same things is linked.
     """
     stamp, dropped = stamp_of(path), stamp_of(drops)
     present: pa.Table | None = None
@@ -222,16 +233,53 @@ def materialize(
         if stamp.extra["passes"] >= passes:
             return Made(path, stamp, True)
         present = read_part(path)
-    rows, left_out = make(present)
-    write_part(drops, left_out, fingerprint)
-    return Made(path, write_part(path, rows, fingerprint, {"passes": passes}), False)
+    else:
+        for part, left_out in elsewhere:
+            twin, beside = stamp_of(part), stamp_of(left_out)
+            same = twin and beside and twin.fingerprint == fingerprint == beside.fingerprint
+            if twin and same and twin.extra["passes"] == passes:
+                link(left_out, drops)
+                link(part, path)
+                return Made(path, twin, True)
+    fresh = make(present)
+    spent = fresh.tokens + (stamp.extra.get("tokens", 0) if stamp and present is not None else 0)
+    write_part(drops, fresh.drops, fingerprint)
+    return Made(path, write_part(path, fresh.rows, fingerprint, {"passes": passes, "tokens": spent}), False)
+
+
+def tokens_of(path: Path) -> int | None:
+    """Return the tokens that models generated for a part; None where it does not say, or is damaged."""
+    try:
+        return json.loads(pq.read_metadata(path).metadata[_EXTRA]).get("tokens")
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return None
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a finished file a second name; copied where links do not work. Safe: it is only ever renamed over."""
+
+    def write(aside: Path) -> None:
+        aside.unlink(missing_ok=True)
+        link_or_copy(source, aside)
+
+    write_atomically(target, write)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Link a file, or copy it: to another file system, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 class Campaign:
     """One campaign's folder: runs/<name>/."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, others: Sequence[str] = ()) -> None:
         self.root, self.name = root, name
+        self.others = [root / other for other in others]
+        """Folders of campaigns that may have made some of the same."""
         self.folder = root / name
         self._lock = FileLock(self.folder / ".lock")
 
@@ -259,6 +307,11 @@ class Campaign:
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
+
+    def elsewhere(self, *paths: Path) -> Iterator[tuple[Path, ...]]:
+        """Say where the other campaigns would hold these files of this one."""
+        for other in self.others:
+            yield tuple(other / path.relative_to(self.folder) for path in paths)
 
     def iteration(self, t: int) -> Path:
         """Folder of iteration t: made with M_t, trains M_{t+1}."""
@@ -310,14 +363,10 @@ def clone(source: Path, target: Path) -> None:
     Safe because those are never written in place, only renamed over. Everything else is copied.
     """
 
-    def link(src: str, dst: str) -> None:
-        try:
-            if Path(src).suffix not in (".parquet", ".safetensors"):
-                raise OSError
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
+    def share(src: str, dst: str) -> None:
+        finished = Path(src).suffix in (".parquet", ".safetensors")
+        (link_or_copy if finished else shutil.copy2)(src, dst)
 
     shutil.copytree(
-        source, target, copy_function=link, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints")
+        source, target, copy_function=share, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints")
     )

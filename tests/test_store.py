@@ -18,7 +18,7 @@ def made(folder, fingerprint="f", calls=None, passes=1):
     def make(present):
         if calls is not None:
             calls.append(present)
-        return ROWS, DROPS
+        return store.Fresh(ROWS, DROPS, 7)
 
     return store.materialize(
         folder / "part-00000.parquet", fingerprint, make, drops=folder / "d.parquet", passes=passes
@@ -47,6 +47,28 @@ def test_more_passes_complete_what_is_there_and_fewer_reuse_it(tmp_path):
     assert calls[1].equals(ROWS)  # handed the present rows, to add to
     made(tmp_path, calls=calls, passes=2)
     assert len(calls) == 2
+
+
+def test_a_part_says_what_it_cost_and_added_passes_add_to_it(tmp_path):
+    path = made(tmp_path, passes=1).path
+    assert store.tokens_of(path) == 7
+    made(tmp_path, passes=2)
+    assert store.tokens_of(path) == 14
+    path.write_bytes(b"PAR1")
+    assert store.tokens_of(path) is None
+
+
+@pytest.mark.parametrize(("fingerprint", "passes", "linked"), [("f", 1, True), ("g", 1, False), ("f", 2, False)])
+def test_a_part_that_another_campaign_made_of_the_same_things_is_linked(tmp_path, fingerprint, passes, linked):
+    theirs = made(tmp_path / "theirs")
+    mine, drops = tmp_path / "mine" / "part-00000.parquet", tmp_path / "mine" / "d.parquet"
+    found = store.materialize(
+        mine, fingerprint, lambda present: store.Fresh(ROWS, DROPS), drops=drops, passes=passes,
+        elsewhere=[(tmp_path / "none", tmp_path / "none"), (theirs.path, tmp_path / "theirs" / "d.parquet")],
+    )  # fmt: skip
+    assert found.reused == linked
+    assert (mine.stat().st_ino == theirs.path.stat().st_ino) == linked
+    assert drops.exists()
 
 
 def test_no_flipped_byte_changes_a_row_unseen_and_the_part_is_made_again(tmp_path):

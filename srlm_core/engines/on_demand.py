@@ -83,6 +83,8 @@ class StageView:
 
     def __init__(self, engine: OnDemand, name: str) -> None:
         self._on_demand, self._name = engine, name
+        self.tokens = 0
+        """Tokens generated through this view."""
 
     @property
     def kind(self) -> str:
@@ -105,6 +107,7 @@ class StageView:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for done in self._counted(lambda engine, asked: engine.generate(asked), requests):
             self._on_demand.usage[self._name].tokens += done.n_tokens
+            self.tokens += done.n_tokens
             yield done
 
     def logprobs(self, rows: Iterable[ScoredText]) -> Iterator[LogProb]:

@@ -37,7 +37,8 @@ def score_by(role: str) -> Step:
             return schemas.LOGPROBS.empty_table(), schemas.DROPS.empty_table()  # M0 has scored them as the base
         return steps.score(shard, role)
 
-    return Step(f"logprobs_{role}", ("prompts", "responses"), role, logprobs.VERSION, (), score)
+    reads = ("prompts", "responses")
+    return Step(f"logprobs_{role}", reads, role, logprobs.VERSION, (), score, asks=steps.asks_for_scores)
 
 
 def rewards(shard_of: Mapping[str, pa.Table]) -> tuple[dict[str, float], dict[str, float]]:

@@ -5,14 +5,14 @@ otherwise. M1 is no such model yet, its reward is 0 everywhere: so the first ite
 later ones replay a part of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 
 from srlm_core import logprobs, pairs, prompts, responses, schemas
 from srlm_core.config import RunConfig
 from srlm_core.methods import steps
-from srlm_core.methods.record import Given, Method, Shard, Step
+from srlm_core.methods.record import Asked, Given, Method, Shard, Step
 from srlm_core.seed_data import SeedData
 
 
@@ -47,7 +47,15 @@ def score_by(role: str) -> Step:
     def score(shard: Shard) -> tuple[pa.Table, pa.Table]:
         return _nothing(schemas.LOGPROBS) if shard.iteration == 1 else steps.score(shard, role)
 
-    return Step(f"logprobs_{role}", ("prompts", "responses"), role, logprobs.VERSION, (), score)
+    return Step(
+        f"logprobs_{role}", ("prompts", "responses"), role, logprobs.VERSION, (), score,
+        asks=after_the_first(steps.asks_for_scores),
+    )  # fmt: skip
+
+
+def after_the_first(asks: Callable[[RunConfig, int], Asked]) -> Callable[[RunConfig, int], Asked]:
+    """Count nothing in the first iteration: people wrote and ranked all of it."""
+    return lambda config, t: Asked() if t == 1 else asks(config, t)
 
 
 def _nothing(schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
@@ -88,10 +96,16 @@ METHOD = Method(
     teaches_judging=False,
     refuses=refuses,
     steps=(
-        Step("prompts", (), "generator", prompts.VERSION, ("prompts",), make_prompts, in_order=True, takes_given=True),
-        Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond),
+        Step(
+            "prompts", (), "generator", prompts.VERSION, ("prompts",), make_prompts, in_order=True, takes_given=True,
+            asks=after_the_first(steps.asks_for_prompts),
+        ),
+        Step(
+            "responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond,
+            asks=after_the_first(steps.asks_for_responses),
+        ),
         score_by("policy"),
         score_by("sft"),
         Step("pairs", SCORED, None, pairs.VERSION, ("pairs", "dice", "training.dpo.beta"), pair, takes_given=True),
     ),
-)
+)  # fmt: skip

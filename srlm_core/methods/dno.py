@@ -14,7 +14,7 @@ from srlm_core import comparisons, judgments, pairs, prompts, responses, schemas
 from srlm_core.config import DnoConfig, RunConfig
 from srlm_core.errors import NothingLeft
 from srlm_core.methods import steps
-from srlm_core.methods.record import Given, Measure, Method, Shard, Step
+from srlm_core.methods.record import Asked, Given, Measure, Method, Shard, Step
 from srlm_core.pairs import Side
 from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
@@ -218,6 +218,28 @@ def _why_no_pair(candidates: Sequence[Candidate], how: DnoConfig) -> str:
     return "margin_too_small" if any(_is_positive(one, how) for one in candidates) else "no_positive"
 
 
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def asks_for_judgments(config: RunConfig, t: int) -> Asked:
+    """Count the reference among the responses."""
+    by_score = config.dno.judge_by == "score"
+    return steps.asks_for_judgments(config, t, config.responses.n + 1) if by_score else Asked()
+
+
+def asks_for_comparisons(config: RunConfig, t: int) -> Asked:
+    """Count the reference among the responses."""
+    by_win_rate = config.dno.judge_by == "win_rate"
+    return steps.asks_for_comparisons(config, t, config.responses.n + 1) if by_win_rate else Asked()
+
+
+def pairs_of_a_prompt(config: RunConfig) -> float:
+    """Return all pairs that there could be: of n responses and a reference n (n + 1) / 2."""
+    n = config.responses.n
+    most = n if config.dno.restrictive else n * (n + 1) // 2
+    return float(min(most, config.dno.max_pairs_per_prompt or most))
+
+
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
@@ -287,16 +309,20 @@ METHOD = Method(
     compares=by_win_rates,
     scores_win_rates=by_win_rates,
     measures=measures,
+    pairs_of_a_prompt=pairs_of_a_prompt,
     steps=(
         Step("prompts", (), None, prompts.VERSION, ("prompts.target",), take_prompts, takes_given=True),
-        Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond, takes_given=True),
+        Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond, takes_given=True,
+             asks=steps.asks_for_responses),
         Step(
             "judgments", ("prompts", "responses"), "judge", judgments.VERSION, (*judgments.SETTINGS, "dno.judge_by"),
             judge, texts=judgments.texts, passes=lambda config: config.judgments.k * (config.dno.judge_by == "score"),
+            asks=asks_for_judgments,
         ),
         Step(
             "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, ("dno.judge_by",), compare,
             texts=comparisons.texts, passes=lambda config: comparisons.ORDERS * (config.dno.judge_by == "win_rate"),
+            asks=asks_for_comparisons,
         ),
         Step("pairs", JUDGED, None, 1, ("pairs", "dno", "judgments.k", "judgments.min_valid"), pair),
     ),

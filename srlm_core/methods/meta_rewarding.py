@@ -14,7 +14,7 @@ import pyarrow as pa
 from srlm_core import judgments, meta_judgments, pairs, schemas
 from srlm_core.config import RunConfig
 from srlm_core.methods import steps
-from srlm_core.methods.record import Measure, Method, Shard, Step
+from srlm_core.methods.record import Asked, Measure, Method, Shard, Step
 from srlm_core.pairs import Side
 from srlm_core.rates import rate
 from srlm_core.store import seed_for
@@ -58,6 +58,15 @@ def compare_judgments(shard: Shard) -> tuple[pa.Table, pa.Table]:
         for prompt, reason in why_not.items()
     ]
     return rows, pa.concat_tables([drops, schemas.table(left_out, schemas.DROPS)])
+
+
+def asks_for_comparisons(config: RunConfig, t: int) -> Asked:
+    """Count the judgments of one response, each two in both orders; two judgments and the response are read."""
+    how, k = config.meta, config.judgments.k
+    meetings = k * (k - 1)
+    if not how.trains_judge:
+        return Asked()
+    return Asked(meetings, how.sampling.max_tokens if how.reading == "text" else 0, 3 * meetings)
 
 
 class Rated(NamedTuple):
@@ -185,6 +194,7 @@ METHOD = Method(
     given=steps.own_prompts,
     refuses=refuses,
     measures=measures,
+    pairs_of_a_prompt=lambda config: 2.0 if config.meta.trains_judge else 1.0,
     steps=(
         steps.PROMPTS,
         steps.RESPONSES,
@@ -193,7 +203,7 @@ METHOD = Method(
             "meta_judgments", ("prompts", "responses", "judgments"), "judge", meta_judgments.VERSION,
             ("meta.trains_judge", "meta.reading", "meta.rubric", "meta.sampling", "judgments.k", "judgments.rubric",
              "judgments.justified"),
-            compare_judgments, texts=meta_judgments.texts,
+            compare_judgments, texts=meta_judgments.texts, asks=asks_for_comparisons,
         ),
         Step(
             "judgment_pairs", ("prompts", "responses", "judgments", "meta_judgments"), None, 1,

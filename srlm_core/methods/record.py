@@ -50,6 +50,17 @@ class Shard:
     """Rows that exist already and are to be completed, not made again."""
 
 
+class Asked(NamedTuple):
+    """What a step asks of its model for one prompt, at most; what a campaign will cost is reckoned from it."""
+
+    requests: float = 0.0
+    """Completions, or texts that are scored."""
+    writes: int = 0
+    """Longest completion, tokens; 0 where probabilities alone are read."""
+    reads: float = 0.0
+    """Texts as long as a response that are read for all of them together, each prefix once."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A function that makes one dataset of an iteration, shard by shard."""
@@ -74,6 +85,8 @@ class Step:
     """Identities of text files that its rows depend on, such as a rubric."""
     passes: Callable[[RunConfig], int] = lambda config: 1
     """How many passes a complete shard holds; more can be added to what is there."""
+    asks: Callable[[RunConfig, int], Asked] = lambda config, t: Asked()
+    """What it asks for one prompt of iteration t, by the settings of that iteration."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,10 @@ class Method:
     """Say which settings it cannot work with, what it expected and what to do."""
     scores_win_rates: Callable[[RunConfig], bool] = lambda config: False
     """Whether the scores of its pairs are win rates, 0 to 1: what the loss `sppo` reads."""
+    training_asks: Callable[[RunConfig, int], Asked] = lambda config, t: Asked()
+    """What the training of M_{t+1} samples by itself for one prompt of iteration t."""
+    pairs_of_a_prompt: Callable[[RunConfig], float] = lambda config: 1.0
+    """Pairs that a prompt gives where it gives any, at most."""
     measures: Callable[[Mapping[str, Iterable[pa.Table]], RunConfig], Mapping[str, Measure]] = lambda made, config: {}
     """What it measures of an iteration's datasets, each handed a shard at a time, beside what is measured for all."""
 

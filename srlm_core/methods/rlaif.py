@@ -17,7 +17,7 @@ from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Sampling
 from srlm_core.judgments import Rubric
 from srlm_core.methods import steps
-from srlm_core.methods.record import Measure, Method, Shard, Step, Training
+from srlm_core.methods.record import Asked, Measure, Method, Shard, Step, Training
 from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
 
@@ -51,6 +51,18 @@ def revise(shard: Shard) -> tuple[pa.Table, pa.Table]:
         if row["response_id"] in last and last[row["response_id"]]["revision"].strip() == row["response"].strip()
     ]  # fmt: skip
     return rows, pa.concat_tables([drops, schemas.table(same, schemas.DROPS)])
+
+
+def asks_for_revisions(config: RunConfig, t: int) -> Asked:
+    """Count a critique and a revision a round; each reads the answer, the last also what was criticised."""
+    rounds = config.rlaif.rounds
+    return Asked(2 * rounds, config.responses.sampling.max_tokens, 2 * rounds)
+
+
+def asks_for_preferences(config: RunConfig, t: int) -> Asked:
+    """Count comparisons, and what explains them where that is asked for."""
+    asked = steps.asks_for_comparisons(config, t)
+    return asked._replace(writes=config.rlaif.explanation_tokens) if config.rlaif.justified else asked
 
 
 def lessons(config: RunConfig, seed: SeedData, whole: Mapping[str, Iterable[pa.Table]]) -> Iterator[pa.Table]:
@@ -167,7 +179,15 @@ METHOD = Method(
     measures=measures,
     steps=(
         steps.PROMPTS,
-        Step("answers", ("prompts",), "policy", responses.VERSION, ("responses.sampling",), answer),
+        Step(
+            "answers",
+            ("prompts",),
+            "policy",
+            responses.VERSION,
+            ("responses.sampling",),
+            answer,
+            asks=lambda config, t: Asked(1, config.responses.sampling.max_tokens),
+        ),
         Step(
             "revisions",
             ("prompts", "answers"),
@@ -176,9 +196,18 @@ METHOD = Method(
             ("responses.sampling", "rlaif.rounds", "rlaif.principles"),
             revise,
             texts=revisions.texts,
+            asks=asks_for_revisions,
         ),
         Training("revised", "sft", ("prompts", "answers", "revisions"), lessons, init_from="base"),
-        Step("responses", ("prompts",), "revised", responses.VERSION, ("responses",), respond),
+        Step(
+            "responses",
+            ("prompts",),
+            "revised",
+            responses.VERSION,
+            ("responses",),
+            respond,
+            asks=steps.asks_for_responses,
+        ),
         Step(
             "preferences",
             ("prompts", "responses"),
@@ -187,6 +216,7 @@ METHOD = Method(
             ("rlaif.principles", "rlaif.justified", "rlaif.explanation_tokens"),
             prefer,
             texts=lambda config: [_rubric(config).identity, *revisions.texts(config)],
+            asks=asks_for_preferences,
         ),
         Step("pairs", ("prompts", "responses", "preferences"), None, pairs.VERSION, ("pairs", "rlaif"), pair),
     ),

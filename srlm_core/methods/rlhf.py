@@ -59,7 +59,7 @@ METHOD = Method(
         steps.REWARD_MODEL,
         steps.PROMPTS,
         steps.RESPONSES,
-        Step("rewards", ("prompts", "responses"), "reward", rewards.VERSION, (), score),
+        Step("rewards", ("prompts", "responses"), "reward", rewards.VERSION, (), score, asks=steps.asks_for_scores),
         Step("pairs", ("prompts", "responses", "rewards"), None, pairs.VERSION, ("pairs",), pair),
     ),
 )

@@ -4,8 +4,16 @@ A reward model learns what people ranked, once. Then the policy answers while it
 weighed by its reward, less those of the others to its prompt (RLOO, arXiv:2402.14740), in the place of PPO.
 """
 
+from srlm_core.config import RunConfig
 from srlm_core.methods import steps
-from srlm_core.methods.record import Method
+from srlm_core.methods.record import Asked, Method
+
+
+def samples(config: RunConfig, t: int) -> Asked:
+    """Count the responses to a prompt, in each epoch anew; the reward model and the reference read them."""
+    how = config.training.online
+    return Asked(how.n * how.epochs, how.sampling.max_tokens, 2 * how.n * how.epochs)
+
 
 METHOD = Method(
     name="rlhf_online",
@@ -14,5 +22,6 @@ METHOD = Method(
     given=steps.own_prompts,
     teaches_judging=False,
     learns="online",
+    training_asks=samples,
     steps=(steps.REWARD_MODEL, steps.PROMPTS),
 )

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from srlm_core import comparisons, data, judgments, logprobs, pairs, prompts, responses, schemas, sources, training
 from srlm_core.config import RunConfig
-from srlm_core.methods.record import Given, Measure, Shard, Step, Training
+from srlm_core.methods.record import Asked, Given, Measure, Shard, Step, Training
 from srlm_core.pairs import Side
 from srlm_core.rates import rate
 from srlm_core.seed_data import SeedData
@@ -36,6 +36,40 @@ def refuses_one_response(config: RunConfig) -> str | None:
             "Set responses.n=2 or more."
         )
     return None
+
+
+ASSUMED_STEPS = 5
+"""Steps of a response, where each is judged; for the plan."""
+
+
+def asks_for_prompts(config: RunConfig, t: int) -> Asked:
+    """Count one completion for each prompt that the user's file does not give; how many are kept is not known here."""
+    how = config.prompts
+    return Asked((1 - how.file_share) / how.per_request, how.sampling.max_tokens * how.per_request)
+
+
+def asks_for_responses(config: RunConfig, t: int) -> Asked:
+    """Count N completions."""
+    return Asked(config.responses.n, config.responses.sampling.max_tokens)
+
+
+def asks_for_judgments(config: RunConfig, t: int, responses: int = 0) -> Asked:
+    """Count K judgments of each response (none given: N), or of each of its steps, written or read off."""
+    how, n = config.judgments, responses or config.responses.n
+    each = ASSUMED_STEPS if how.steps else 1
+    return Asked(n * how.k * each, how.sampling.max_tokens if how.justified else 0, n)
+
+
+def asks_for_scores(config: RunConfig, t: int) -> Asked:
+    """Count N responses that are read."""
+    return Asked(config.responses.n, 0, config.responses.n)
+
+
+def asks_for_comparisons(config: RunConfig, t: int, responses: int = 0) -> Asked:
+    """Count each two responses (none given: of N) in both orders; both are read, and explained where that is asked."""
+    n, how = responses or config.responses.n, config.judgments
+    written = how.sampling.max_tokens if how.comparisons_justified else 0
+    return Asked(comparisons.ORDERS * n * (n - 1) / 2, written, comparisons.ORDERS * n * (n - 1))
 
 
 def write_prompts(shard: Shard) -> tuple[pa.Table, pa.Table]:
@@ -175,16 +209,19 @@ REWARD_MODEL = Training(
     "reward", "reward", (), rank_by_people, init_from="sft", once=True, named=lambda config: config.rlhf.reward_model
 )
 PROMPTS = Step(
-    "prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True
+    "prompts", (), "generator", prompts.VERSION, ("prompts",), write_prompts, in_order=True, takes_given=True,
+    asks=asks_for_prompts,
+)  # fmt: skip
+RESPONSES = Step(
+    "responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond, asks=asks_for_responses
 )
-RESPONSES = Step("responses", ("prompts",), "policy", responses.VERSION, ("responses",), respond)
 JUDGMENTS = Step(
     "judgments", ("prompts", "responses"), "judge", judgments.VERSION, judgments.SETTINGS, judge,
-    texts=judgments.texts, passes=lambda config: config.judgments.k,
+    texts=judgments.texts, passes=lambda config: config.judgments.k, asks=asks_for_judgments,
 )  # fmt: skip
 COMPARISONS = Step(
     "comparisons", ("prompts", "responses"), "judge", comparisons.VERSION, (), compare, texts=comparisons.texts,
-    passes=lambda config: comparisons.ORDERS,
+    passes=lambda config: comparisons.ORDERS, asks=asks_for_comparisons,
 )  # fmt: skip
 PAIRS = Step(
     "pairs", ("prompts", "responses", "judgments"), None, pairs.VERSION,

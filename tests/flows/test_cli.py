@@ -35,16 +35,18 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("runs"), "c")
 
 
-def test_report_and_compare_print_the_table_of_models(campaign: Path) -> None:
+def test_report_prints_the_table_of_models_and_compare_one_of_methods(campaign: Path) -> None:
     printed = json.loads(srlm("report", "c", "--root", campaign.parent, "--json"))
     assert Path(printed["report"]).read_text().startswith("<!doctype html>")
     assert [row["model"] for row in printed["models"]] == ["M0", "sft_baseline", "M1", "M2"]
     run(campaign.parent, "wider", "pairs.min_margin=1")
-    assert "judge accuracy" in srlm("compare", "c", "wider", "--root", campaign.parent)
+    assert "judge accuracy" in srlm("compare", "c", "wider", "--root", campaign.parent)  # two rows: settings differ
     alone = CliRunner().invoke(app, ["compare", "c", "c", "--root", str(campaign.parent)])
-    assert "expected two campaigns or more" in str(alone.exception)
+    assert "expected two campaigns or recipes or more" in str(alone.exception)
     told = json.loads(srlm("compare", "c", "wider", "--root", campaign.parent, "--json"))
-    assert [row["campaign"] for row in told["models"]] == ["c"] * 4 + ["wider"] * 4
+    assert [(row["method"], row["model"], row["points"]["n"]) for row in told["methods"]] == [
+        ("c", "M2", 1), ("wider", "M2", 1),
+    ]  # fmt: skip
     assert Path(told["page"]).read_text().startswith("<!doctype html>")
 
 

@@ -208,4 +208,27 @@ def test_two_campaigns_stand_side_by_side(shown: Path) -> None:
 
     shutil.copytree(shown, shown.parent / "again", ignore=shutil.ignore_patterns("*.lock"))
     rows = compare(["shown", "again"], str(shown.parent))
-    assert [row["campaign"] for row in rows].count("again") == len(rows) / 2 == 4
+    assert [row["method"] for row in rows] == ["shown", "again"]
+
+
+def test_a_comparison_runs_its_methods_as_sub_flows_and_shows_the_table(
+    server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    from flows.compare import compare
+
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    small = ["prompts.target=4", "iterations=1", 'evaluation.models="none"', "spin:seed_data.ift_rows=8"]
+    rows = compare.with_options(flow_run_name="compared")(["spin", "dpo"], str(tmp_path), "smoke", overrides=small)
+    assert [(row["method"], row["points"]["value"]) for row in rows] == [("spin", None), ("dpo", None)]
+    run = flow_run("compared")
+    assert sorted(turn.name for turn in turns(run)) == ["compare-smoke-dpo-s0", "compare-smoke-spin-s0"]
+    assert sorted(turn.name for turn in turns(flow_run("compare-smoke-dpo-s0"))) == [
+        "bootstrap", "evaluate", "iteration 1",
+    ]  # fmt: skip
+    with client() as here:
+        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        assert {one.key for one in here.read_artifacts(artifact_filter=wanted)} == {"comparison", "comparison-report"}

@@ -62,5 +62,6 @@ def test_win_rates_of_another_method_may_train_by_the_loss_as_well():
 
 def test_the_plan_counts_what_is_compared_and_what_is_scored():
     scores, rates = recipes.load("dno", "smoke"), recipes.load("dno", "smoke", ["dno.judge_by=win_rate"])
-    asked = [Iteration.of(config, 10) for config in (recipes.load("sppo", "smoke"), scores, rates)]
-    assert [(one.k, one.compared) for one in asked] == [(0, 20), (3, 0), (0, 20)]
+    asked = [Iteration.of(config, 1, 10) for config in (recipes.load("sppo", "smoke"), scores, rates)]
+    counted = [(one.requests("judgments"), one.requests("comparisons")) for one in asked]
+    assert counted == [(0, 200), (180, 0), (0, 300)]  # dno's reference is one of 6
