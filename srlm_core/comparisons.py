@@ -194,10 +194,11 @@ def row(match: Match, order: str, judge: str, rubric: str, iteration: int) -> di
 
 def in_both_orders(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
     """Return the chance of target being better, shown first (True) and shown second, where both were judged."""
-    return {pair: orders for pair, orders in _by_pair(rows).items() if len(orders) == 2}
+    return {pair: orders for pair, orders in by_pair(rows).items() if len(orders) == 2}
 
 
-def _by_pair(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
+def by_pair(rows: pa.Table) -> dict[tuple[str, str], dict[bool, float]]:
+    """Return the chance of target being better, shown first (True) and shown second, as far as they were judged."""
     seen: dict[tuple[str, str], dict[bool, float]] = defaultdict(dict)
     for row in rows.select(["target_id", "other_id", "first", "verdict"]).to_pylist():
         orders, a_first = seen[row["target_id"], row["other_id"]], row["first"] == row["target_id"]
@@ -236,4 +237,4 @@ def win_rates(rows: pa.Table) -> WinRates:
         against[a].append(p[a, b])
         against[b].append(p[b, a])
     mean = {name: math.fsum(values) / len(values) for name, values in against.items()}
-    return WinRates(p, mean, len(_by_pair(rows)) - len(both))
+    return WinRates(p, mean, len(by_pair(rows)) - len(both))

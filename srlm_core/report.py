@@ -395,6 +395,7 @@ def _told_response(story: Story, row: Mapping[str, Any]) -> dict[str, Any]:
         "role": story.role(row["response_id"]),
         "score": spell(score.mean) if score else None,
         "left_out": story.why_not(row["response_id"]),
+        "weighed": story.weighed[row["response_id"]],
         "judgments": [
             {
                 "number": judged["index"] + 1,

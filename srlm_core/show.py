@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import counting, judgments, store, summary
+from srlm_core import comparisons, counting, judgments, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.errors import DataError
 from srlm_core.responses import DATASETS as RESPONSES
@@ -34,6 +34,13 @@ def visible(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
+_WEIGHTS = {"logprob": "log p", "reward": "reward"}
+"""Column with a number of a response, and what it is called."""
+
+
+_PLACE = {True: "first", False: "second"}
+
+
 class Story(NamedTuple):
     """Everything that happened to one prompt."""
 
@@ -41,6 +48,8 @@ class Story(NamedTuple):
     responses: list[dict[str, Any]]
     judged: dict[str, list[dict[str, Any]]]
     """By the id of what was judged, in order of passes."""
+    weighed: dict[str, list[str]]
+    """By response: what else was found of it: log-probabilities, rewards, who it was compared with."""
     scores: dict[str, judgments.Score]
     pairs: list[dict[str, Any]]
     drops: dict[str, list[dict[str, Any]]]
@@ -178,11 +187,42 @@ def stories(folder: Path, prompts_part: Path, prompt_ids: Sequence[str]) -> list
         for row in _rows(path, columns=None, wanted=("id", of_interest)):
             drops[row["id"]].append(row)
     config = summary.campaign_config(folder)
+    number = {row["response_id"]: row["index"] + 1 for rows in responses.values() for row in rows}
+    found = _weighed(sorted(iteration.glob(f"*/{name}")), prompt_ids, number)
     return [
-        _story(prompts[prompt_id], responses[prompt_id], judged[prompt_id], pairs[prompt_id], drops, config)
+        _story(prompts[prompt_id], responses[prompt_id], judged[prompt_id], pairs[prompt_id], drops, config, found)
         for prompt_id in prompt_ids
         if prompt_id in prompts
     ]
+
+
+def _weighed(parts: Sequence[Path], prompt_ids: Sequence[str], number: Mapping[str, int]) -> dict[str, list[str]]:
+    """Say of each response what there is of it beside judgments; `number` has its place among those of its prompt."""
+    told: dict[str, list[str]] = defaultdict(list)
+    for path in parts:
+        columns = _columns(path)
+        weights = [name for name in _WEIGHTS if {name, "response_id", "model"} <= columns]
+        rows = _rows(path, columns=None, wanted=("prompt_id", prompt_ids)) if weights or "other_id" in columns else []
+        for name, row in ((name, row) for name in weights for row in rows):
+            value = "unknown" if row[name] is None else f"{row[name]:.2f}"
+            told[row["response_id"]].append(f"{_WEIGHTS[name]} {value} by {row['model']}")
+        compared = [row for row in rows if row.get("other_id") in number and row["target_id"] in number]
+        met = comparisons.by_pair(pa.Table.from_pylist(compared)) if compared else {}
+        for (one, other), orders in met.items():
+            turned = {not first: 1 - p for first, p in orders.items()}
+            for side, opponent, chances in ((one, other, orders), (other, one, turned)):
+                said = ", ".join(f"{chances[first]:.2f} shown {_PLACE[first]}" for first in sorted(chances)[::-1])
+                told[side].append(
+                    f"better than response {number[opponent]} by {compared[0]['judge']}: {said or 'unreadable'}"
+                )
+    return told
+
+
+def _columns(path: Path) -> set[str]:
+    try:
+        return {*pq.read_schema(path).names}
+    except (OSError, pa.ArrowException):
+        return set()
 
 
 def _by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -199,6 +239,7 @@ def _story(
     pairs: list[dict[str, Any]],
     drops: Mapping[str, list[dict[str, Any]]],
     config: RunConfig | None,
+    weighed: Mapping[str, list[str]],
 ) -> Story:
     k = config.judgments.k if config else 1 + max((row["index"] for row in judged), default=0)
     required = config.judgments.required if config else (k + 1) // 2
@@ -208,7 +249,8 @@ def _story(
     for row in sorted(judged, key=lambda row: row["index"]):
         by_target[row["target_id"]].append(row)
     responses = sorted(responses, key=lambda row: row["index"])
-    return Story(prompt, responses, dict(by_target), scores, pairs, dict(drops), k)
+    of_it = {row["response_id"]: weighed.get(row["response_id"], []) for row in responses}
+    return Story(prompt, responses, dict(by_target), of_it, scores, pairs, dict(drops), k)
 
 
 def sample(folder: Path, t: int, count: int, seed: int) -> list[Story]:
@@ -283,12 +325,14 @@ def _response_lines(story: Story, response: Mapping[str, Any]) -> list[str]:
     facts = [
         length(response),
         "cut at max_tokens" if response["finish_reason"] == "length" else f"ended by {response['finish_reason']}",
-        f"score {score.mean:.2f} of {score.n} readable" if score else "no score",
+        *([f"score {score.mean:.2f} of {score.n} readable"] if score else []),
+        *([] if score or story.weighed[response_id] else ["no score"]),
     ]
     reason = story.why_not(response_id)
     facts += [reason] if reason else []
     title = f"response {response['index'] + 1}  {response_id}  {', '.join(facts)}"
     lines = [f"{title}  ← {role}" if role else title, *_indent(response["response"], "  │ ")]
+    lines += [visible(f"    {said}") for said in story.weighed[response_id]]
     for row in story.judged.get(response_id, []):
         title = f"    judgment {row['index'] + 1} by {row['judge']}: {story.said(row)}"
         lines += [visible(title), *_indent(row["text"], "    │ ")]

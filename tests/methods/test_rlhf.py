@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from tables import prompts, responses
 
-from srlm_core import recipes, rewards, schemas, store
+from srlm_core import recipes, rewards, schemas, show, store
 from srlm_core.config import RunConfig
 from srlm_core.engines.protocol import Reward
 from srlm_core.errors import ModelError
@@ -114,3 +114,16 @@ def test_a_reward_model_that_is_none_ends_the_run_before_anything_is_trained(scr
 def test_no_setting_of_another_training_is_in_the_way_of_the_online_one():
     assert METHODS["rlhf_online"].learns == "online"
     require_fit(recipes.load("rlhf_online", "smoke", ["training.dpo.loss=sppo"]))
+
+
+def test_what_each_response_was_given_is_shown(scripted):
+    folder = scripted(*ONE, recipe="rlhf")
+    row = next(row for row in store.iter_rows(folder / "iter_01" / "rewards") if row["reward"] is not None)
+    assert f"reward {row['reward']:.2f} by reward" in show.show(folder, row["prompt_id"])
+    folder = scripted(*ONE, recipe="sppo", name="compared")
+    one = next(store.iter_rows(folder / "iter_01" / "comparisons"))
+    p = one["verdict"] if one["first"] == one["target_id"] else 1 - one["verdict"]
+    place = "first" if one["first"] == one["target_id"] else "second"
+    told = show.show(folder, one["prompt_id"])
+    assert f"by M1: {p:.2f} shown first" in told or f", {p:.2f} shown {place}" in told
+    assert "no score" not in told
