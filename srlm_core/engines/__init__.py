@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from srlm_core.config import EngineConfig
-from srlm_core.engines import hardware, models
+from srlm_core.engines import hardware
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.tuning import tuned
 from srlm_core.errors import ConfigError
@@ -34,16 +34,17 @@ def open_engine(
         from srlm_core.engines.scripted import ScriptedEngine
 
         return ScriptedEngine(config, model)
-    if kind != "openai" and models.is_reward_model(model):
-        from srlm_core.engines.transformers import RewardEngine
-
-        config = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}), sampling_seconds)
-        return RewardEngine(config, model, log=log, trust_remote_code=trust_remote_code)
     if kind == "openai":
         from srlm_core.engines.openai import OpenAIEngine
 
         return OpenAIEngine(config, model)
+    from srlm_core.engines.models import is_reward_model  # it imports what runs as a module: not before it is run
+
     config = tuned(config.model_copy(update={"dtype": resolve_dtype(config)}), sampling_seconds)
+    if is_reward_model(model):
+        from srlm_core.engines.transformers import RewardEngine
+
+        return RewardEngine(config, model, log=log, trust_remote_code=trust_remote_code)
     if kind == "vllm":
         from srlm_core.engines.vllm import VllmEngine
 
