@@ -124,28 +124,52 @@ def test_a_step_is_the_mean_over_prompts_whatever_the_micro_batch(child: Any, ti
     """Each prompt counts once, be it of one pair or of six; by a plain implementation, a pass for each text."""
     import torch
     from torch.nn.functional import logsigmoid
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from srlm_core.engines import reward_training
+    from srlm_core.engines.rendering import Renderer
 
     rows = groups(4, seed=3)
-    still = {"learning_rate": 1e-12, "final_learning_rate": 0}
-    first = train(child, job(tmp_path, tiny, rows, name="one", micro_batch_size=4, **still))
-    second = train(child, job(tmp_path, tiny, rows, name="two", micro_batch_size=1, **still))
     assert {len(group["responses"]) for group in rows} > {2}
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    model = reward_training.load(tiny, Renderer(tiny), seed=0, trust_remote_code=False, packed=False)
     tokenizer, of_rows, right = AutoTokenizer.from_pretrained(tiny), [], []
     for group in rows:
         rewards = []
         for response in group["responses"]:
             turns = [{"role": "user", "content": group["prompt"]}, {"role": "assistant", "content": response["text"]}]
             ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-            with torch.no_grad():
-                rewards.append(model(input_ids=ids).logits[0, 0])
+            rewards.append(model(input_ids=ids).logits[0, 0])
         pairs = [(a, b) for i, a in enumerate(rewards) for b in rewards[i + 1 :]]
-        of_rows.append(sum(-logsigmoid(a - b).item() for a, b in pairs) / len(pairs))
+        of_rows.append(sum(-logsigmoid(a - b) for a, b in pairs) / len(pairs))
         right.append(sum(float(a > b) for a, b in pairs) / len(pairs))
-    for result in (first, second):
-        assert result.log[0]["loss"] == pytest.approx(sum(of_rows) / 4, abs=1e-5)
-        assert result.log[0]["accuracy"] == pytest.approx(sum(right) / 4, abs=1e-6)
+    loss = sum(of_rows) / 4
+    loss.backward()
+    for micro in (4, 1):
+        gradient, log = only_step(child, job(tmp_path, tiny, rows, name=f"by_{micro}", micro_batch_size=micro))
+        assert log["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert log["accuracy"] == pytest.approx(sum(right) / 4, abs=1e-6)
+        for name, weight in model.named_parameters():
+            assert torch.allclose(gradient[name], weight.grad, atol=1e-5), name
+
+
+def only_step(child: Any, asked: TrainingJob) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gradient of a run's only step, before it is clipped, and what the step logged."""
+    from transformers import AutoTokenizer, TrainerCallback
+
+    found: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.update({name: weight.grad.clone() for name, weight in kwargs["model"].named_parameters()})
+
+    asked = asked.model_copy(update={"settings": asked.settings.model_copy(update={"max_grad_norm": 1e9})})
+    asked.work_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(asked.init_from)
+    rows, _, _ = child.load_rows(asked, tokenizer, lambda **_: None)
+    trainer = child.make_trainer(asked, rows, [], tokenizer, lambda **_: None)
+    trainer.add_callback(Look())
+    trainer.train()
+    return found, child.steps_of(trainer.state)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
