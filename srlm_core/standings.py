@@ -91,7 +91,7 @@ def spent(folder: Path, config: RunConfig | None) -> Spent | None:
 def _kinds(config: RunConfig, t: int) -> dict[str, str]:
     """Say of each dataset of an iteration what its tokens were for."""
     if not t:
-        return {"judgments": "judging"}
+        return dict.fromkeys(("modified", "answers", "judgments"), "judging")  # what teaches M1 to judge
     made = method_of(config.at(t)).makes
     return {step.makes: "judging" if step.role == "judge" else "answering" for step in made} | {"prompts": "prompts"}
 
