@@ -264,6 +264,7 @@ def finish(run: Run, model: Model, pending: Started) -> None:
     if "heldout_rewards" in tables:
         scores = rewards.known(tables["heldout_rewards"])
         _keep_results(run, model, {"judge": _measure_judge(run, scores)})
+        run.reward_is_measured = True
         return
 
     def mean_scores(name: str) -> dict[str, float]:
@@ -295,6 +296,7 @@ def finish(run: Run, model: Model, pending: Started) -> None:
         if f"capability_{task}" in tables:
             scored = capability.measure(task, tables[f"capability_{task}"])
             results.setdefault("suites", {}).setdefault("capability", {}).update(scored)
+    run.measured[model.name] = None
     _keep_results(run, model, results)
 
 
@@ -306,7 +308,6 @@ def _measure_judge(run: Run, scores: Mapping[str, float]) -> dict[str, Any]:
 def _keep_results(run: Run, model: Model, measured: dict[str, Any]) -> None:
     results = {"model": model.name, "digest": model.digest, **measured}
     store.write_json(run.campaign.folder / "evaluation" / model.name / "results.json", results)
-    run.measured[model.name] = None
     run.tell("evaluation", model=model.name, results=results)
 
 

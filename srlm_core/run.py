@@ -41,6 +41,8 @@ class Run:
         self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
         self.measured: dict[str, None] = {}
         """The models that this run measured or found measured, in order."""
+        self.reward_is_measured = False
+        """Whether this run measured the reward model: it answers nothing, so it is none of `measured`."""
         self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
 
     def tell(self, what: str, **details: Any) -> None:
@@ -71,8 +73,8 @@ class Run:
         return {"policy": policy, "base": self.base}.get(name) or self.model(name)
 
     def reward_model(self, name: str) -> Model:
-        """Return a reward model that the user names."""
-        return self.backend.rewards(name)
+        """Return a reward model that the user names: in the campaign it goes by its role, like one that was trained."""
+        return self.backend.rewards(name)._replace(name="reward")
 
     @contextmanager
     def engines(self) -> Iterator[Callable[[Model], OnDemand]]:

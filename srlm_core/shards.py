@@ -104,8 +104,9 @@ def _between_trainings(steps: Sequence[Step | Training]) -> Iterator[tuple[Train
 
 def _to_be_measured(run: Run, roles: Mapping[str, Model]) -> list[Model]:
     """List M_t, and who rewards its responses, unless they are measured."""
-    due = [roles[role] for role in ("policy", REWARD) if role in roles]
-    return [model for model in due if model.name not in run.measured]
+    policy, reward = roles["policy"], roles.get(REWARD)
+    due = [] if policy.name in run.measured else [policy]
+    return due if reward is None or run.reward_is_measured else [*due, reward]
 
 
 def _take(run: Run, t: int, turn: Turn, roles: Mapping[str, Model], shards: Sequence[Shard], made: Parts) -> None:

@@ -64,7 +64,7 @@ def test_ranked_groups_measure_a_reward_model_by_what_they_are_judged_by():
 
 @pytest.mark.parametrize("method", ["rlhf", "rlhf_online"])
 def test_the_reward_model_is_trained_once_from_m1_on_every_ranking_and_measured(scripted, method):
-    folder = scripted(*ONE, recipe=method, name=method)
+    folder = scripted(*ONE, "evaluation.own_groups=2", recipe=method, name=method)
     rows = pq.read_table(folder / "bootstrap" / "training" / "reward" / "rows.parquet").to_pylist()
     assert len(rows) == store.read_json(folder / "config.json")["seed_data"]["eft_groups"]
     assert all(len(row["responses"]) == len(row["ranks"]) > 1 for row in rows)
@@ -96,7 +96,9 @@ def test_a_reward_model_of_ones_own_is_not_trained_and_another_one_changes_what_
     assert not (first / "models" / "reward").exists()
     before = store.read_json(first / "models" / "M2" / "complete.json")["fingerprint"]
     rows = list(store.iter_rows(first / "iter_01" / "rewards"))
-    assert {row["model"] for row in rows} == {str(own)}
+    assert {row["model"] for row in rows} == {"reward"}
+    assert (first / "evaluation" / "reward" / "results.json").exists()
+    assert [path.name for path in own.iterdir()] == ["scripted.json"]  # nothing is written beside the user's model
     scripted(*ONE, recipe="rlhf")
     assert store.read_json(first / "models" / "M2" / "complete.json")["fingerprint"] != before
 
