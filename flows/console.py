@@ -1,6 +1,7 @@
 """What a person sees while a campaign runs: bars on a terminal, log lines elsewhere; all of it in the log file."""
 
 import logging
+import re
 import sys
 import time
 from collections import defaultdict
@@ -150,7 +151,8 @@ class Console:
         for name, seconds in timings.items():
             inside = " (within the others)" if name == "engine starts" else ""
             self._terminal.print(f"  {name:<40}{seconds / 60:6.1f} min{inside}", markup=False)
-        last = [row["model"] for row in rows if (self._campaign.model(row["model"]) / "complete.json").is_file()][-1:]
+        mine = [row["model"] for row in rows if re.fullmatch(r"M[1-9]\d*", row["model"])]
+        last = [model for model in mine if (self._campaign.model(model) / "complete.json").is_file()][-1:]
         folder, database = self._campaign.folder, root / "mlflow.db"
         tracked = (folder / "mlflow.json").is_file() and database.is_file()
         lines = [
