@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 LONG = Sampling(max_tokens=400)
 
 
+@pytest.mark.slow
 def test_an_engine_killed_while_it_answers_is_reported_with_its_last_words(tmp_path):
     with engine_of("transformers", tmp_path / "log") as engine:
         pid = engine.replicas[0].child.process.pid
@@ -53,6 +54,7 @@ def test_an_engine_that_was_not_entered_says_so(tmp_path):
         list(engine_of("transformers", tmp_path / "log").generate([Request("a", user("Hello."))]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("vllm", marks=NO_VLLM)])
 def test_an_engine_whose_owner_is_killed_by_kill_9_is_gone_in_seconds(kind, tmp_path):
     owner = subprocess.Popen(

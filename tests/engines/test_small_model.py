@@ -22,6 +22,7 @@ TAUGHT = {
 }
 
 
+@pytest.mark.slow
 def test_the_real_model_is_trained_and_then_sampled(tmp_path: Path) -> None:
     rows = [
         {

@@ -646,6 +646,7 @@ def _the_child() -> int:
     return int(found.stdout.split()[0])
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_where_an_undisturbed_one_does(
     child: Any, tiny: Path, tmp_path: Path
 ) -> None:

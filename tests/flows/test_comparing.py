@@ -182,6 +182,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_run(
     assert not list(tmp_path.glob("compare-*"))
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_and_the_same_command_goes_on(compared: Any, tmp_path: Path) -> None:
     calm, _, _ = compared
     command = [sys.executable, "-m", "flows.cli", *words(tmp_path, *METHODS, "--seeds", 2)]
