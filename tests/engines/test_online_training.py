@@ -156,6 +156,7 @@ def test_a_step_is_reinforce_with_the_others_mean_reward_taken_off(
         assert (found[name] - weight.grad).abs().max().item() < 1e-3 * max(1, weight.grad.abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(child: Any, tiny: Path, reward: Path, tmp_path: Path) -> None:
     child.run(job(tmp_path, tiny, reward, name="whole", checkpoint_steps=2), lambda **_: None)
     cut, save = job(tmp_path, tiny, reward, name="cut", checkpoint_steps=2), child.save

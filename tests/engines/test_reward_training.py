@@ -236,6 +236,7 @@ def _dies(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_heldout_rankings_choose_the_checkpoint_by_their_pairs(child: Any, tiny: Path, tmp_path: Path) -> None:
     pq.write_table(training.rankings(groups(8, seed=5)), tmp_path / "heldout.parquet")
     asked = job(tmp_path, tiny, groups(32), epochs=2, checkpoint_steps=4, heldout_share=0.2)

@@ -162,6 +162,7 @@ def test_a_steps_loss_and_gradient_are_the_formulas(
     assert not step.keys() & {"rewards/accuracies", "rewards/margins", "logps/chosen", "rewards/rejected"}
 
 
+@pytest.mark.slow
 def test_the_warm_up_ends_and_a_resumed_run_knows_at_which_step_it_is(
     child: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
