@@ -1,51 +1,49 @@
 """Methods against one another: campaigns that are read or run, one table, one page, and both as Prefect artifacts."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from pydantic import AfterValidator, Field
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
-from flows import comparing
-from flows.self_reward import Redo, Root, Size, override
+from flows import comparing, form
 from srlm_core import standings
 
-
-def _override(text: str) -> str:
-    override(text.rpartition(":")[2] if ":" in text.partition("=")[0] else text)
-    return text
-
-
-Names = Annotated[
-    list[str],
-    Field(description="Campaigns, which are read, and recipes, which are run; what is both is read.", min_length=2),
+Compared = Annotated[
+    list[Annotated[str, Field(pattern=r"^(campaign:|recipe:)?[A-Za-z0-9][A-Za-z0-9_.-]*$")]], Field(min_length=2)
 ]
-Overrides = Annotated[
-    list[Annotated[str, AfterValidator(_override)]],
-    Field(description="Settings as key=value; of one recipe alone as recipe:key=value."),
-]
+Seeds = Annotated[int, Field(ge=1, le=1000)]
+Tokens = Annotated[int, Field(ge=1)] | SkipJsonSchema[None]
 
 
 @flow(name="compare")
 def compare(
-    names: Names,
-    root: Root = "runs",
-    size: Size = None,
-    seeds: Annotated[int, Field(description="Run each recipe with the seeds 0 to n - 1.", ge=1, le=1000)] = 1,
-    overrides: Overrides = [],  # noqa: B006 - the form needs the empty list, nothing changes it
-    tokens: Annotated[
-        int | None, Field(description="Tokens that each method is to generate; empty: as the recipes say.", ge=1)
-    ] = None,
-    name: Annotated[str | None, Field(description="Begins the campaigns' names. Empty: compare-SIZE.")] = None,
-    model: Annotated[str | None, Field(description="Your own model: a checkpoint folder or hub id.")] = None,
-    prompts: Annotated[str | None, Field(description="File of your own prompts, mixed in half and half.")] = None,
-    redo: Redo = False,
+    names: Compared,
+    size: form.Size = "",
+    seeds: Seeds = 1,
+    tokens: Tokens = None,
+    name: form.Name = "",
+    settings: form.Changed = form.NOTHING,
+    overrides: list[form.OverrideOf] = [],  # noqa: B006 - the form needs the empty list, nothing changes it
+    redo: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run or read several methods on one prompt set, and put them into one table, each number with its error."""
-    asked = comparing.Asked(names, size, seeds, overrides, tokens, name, model, prompts, redo)
-    table, page = comparing.compare(Path(root), asked, _as_sub_flow)
+    """Run or read several methods on one prompt set, and put them into one table, each number with its error.
+
+    Args:
+        names: Campaigns, which are read, and recipes, which are run; what is both is read, and recipe:NAME is run.
+        size: Of the recipes. Empty: small, or a recipe's first.
+        seeds: Each recipe is run with the seeds 0 to n - 1.
+        tokens: Tokens that each method is to generate; sets prompts.target by the plan. Empty: as the recipes say.
+        name: Begins the campaigns' names. Empty: compare and the size.
+        settings: What differs from all the recipes. An empty field is the recipe's own value.
+        overrides: Settings that have no field here, or are for one recipe.
+        redo: Go on though settings changed since; what they change is made again.
+    """
+    sets = form.spelled(settings, overrides)
+    asked = comparing.Asked(names, size or None, seeds, sets, tokens, name or None, redo=redo)
+    table, page = comparing.compare(form.root(), asked, _as_sub_flow)
     rows, head = standings.as_dicts(table), " against ".join(row.name for row in table)
     grid = standings.grid(table)
     shown = [dict(zip(grid[0], line, strict=True)) for line in grid[1:]]

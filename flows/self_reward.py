@@ -5,13 +5,13 @@ M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 
 
 from contextlib import suppress
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Annotated
+from typing import Any, get_args
+from uuid import UUID
 
 from prefect import flow, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
-    FlowRunFilterName,
+    FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -20,79 +20,64 @@ from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Crashed
-from pydantic import AfterValidator, Field
 
+from flows import form
 from flows.artifacts import Artifacts
 from flows.campaign import run_campaign, workers
 from flows.executor import PrefectExecutor
-from srlm_core import loop, recipes, settings
-from srlm_core.config import RunConfig
-from srlm_core.errors import ConfigError
+from srlm_core import loop, recipes, settings, store
 from srlm_core.run import Run
 from tasks.tracking import Tracking
 
 __all__ = ["run_campaign", "self_reward", "show"]
 
 _prepared: ContextVar[Run | None] = ContextVar("prepared", default=None)
-
-
-def _known_recipe(name: str) -> str:
-    try:
-        recipes.read(recipes.SHORTCUTS.get(name, (name, None))[0])
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return name
-
-
-def override(text: str) -> str:
-    """Check one that the form was given."""
-    try:
-        recipes.parse_override(text)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return text
+FLOW_RUNS = "prefect.json"
+"""In a campaign's folder: the ids of its flow runs, in order."""
 
 
 def _run_name() -> str:
     asked = flow_run.parameters
-    return asked["name"] or default_name(asked["recipe"], recipes.load(asked["recipe"], asked["size"]))
+    return asked["name"] or default_name(asked["recipe"], asked["size"])
 
 
-def default_name(recipe: str, config: RunConfig) -> str:
+def default_name(recipe: str, size: str | None) -> str:
     """Name a campaign after its recipe and size."""
-    return recipe if recipe in recipes.SHORTCUTS else f"{config.recipe}-{config.size}"
-
-
-Recipe = Annotated[str, AfterValidator(_known_recipe), Field(description="A recipe, or the path of a TOML file.")]
-Size = Annotated[str | None, Field(description="smoke, demo, small, node, paper; empty: the recipe's own.")]
-Name = Annotated[str, Field(description="The same name again goes on with a campaign. Empty: recipe and size.")]
-Overrides = Annotated[
-    list[Annotated[str, AfterValidator(override)]], Field(description="Settings as key=value: responses.n=8")
-]
-Root = Annotated[str, Field(description="Folder of all campaigns, shared by the machines that work on them.")]
-Redo = Annotated[bool, Field(description="Go on though settings changed; what they change is made again.")]
+    if recipe in recipes.SHORTCUTS and not size:
+        return recipe
+    config = recipes.load(form.recipe_file(recipe), size or None)
+    return f"{config.recipe}-{config.size}"
 
 
 @flow(name="self-reward", flow_run_name=_run_name)
 def self_reward(
-    recipe: Recipe = "self_rewarding",
-    size: Size = None,
-    name: Name = "",
-    overrides: Overrides = [],  # noqa: B006 - the form needs the empty list, nothing changes it
-    root: Root = "runs",
-    redo: Redo = False,
+    recipe: form.Recipe = "self_rewarding",
+    size: form.Size = "",
+    name: form.Name = "",
+    settings: form.Changed = form.NOTHING,
+    overrides: list[form.Override] = [],  # noqa: B006 - the form needs the empty list, nothing changes it
+    redo: bool = False,
 ) -> None:
-    """Let a language model improve itself by its own judgments: bootstrap, iterations, evaluation."""
+    """Let a language model improve itself by its own judgments: bootstrap, iterations, evaluation.
+
+    Args:
+        recipe: The method, with its settings. smoke takes seconds and needs no model.
+        size: smoke: seconds, no model. small: a 135M model, minutes on a processor. node: 8 GPUs. paper: as published.
+        name: The campaign's name. The same name again goes on with it. Empty: recipe and size.
+        settings: What differs from the recipe. An empty field is the recipe's own value.
+        overrides: Settings that have no field here.
+        redo: Go on though settings changed since the campaign began; what they change is made again.
+    """
     run = _prepared.get()
     if run is not None:
-        loop.self_reward(run)
+        _go_through(run)
         return
     # started by a worker or a schedule: what the command line does before the loop is still to be done
     from flows.running import run_recipe
 
-    config = recipes.load(recipe, size, overrides)
-    name = name or default_name(recipe, config)
-    run_recipe(config, name, Path(root), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
+    config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
+    name = name or default_name(recipe, size)
+    run_recipe(config, name, form.root(), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
 
 
 def show(run: Run, tracking: Tracking | None) -> None:
@@ -102,30 +87,36 @@ def show(run: Run, tracking: Tracking | None) -> None:
     run.observers = [*run.observers, _Introduction(tracking), artifacts]
     token = _prepared.set(run)
     try:
-        _close_dead_runs(run)
         if FlowRunContext.get() is not None:
-            loop.self_reward(run)
+            _go_through(run)
         else:
-            self_reward(*_asked(run))
+            self_reward(**_asked(run))
     finally:
         _prepared.reset(token)
         artifacts.close()
 
 
-def _close_dead_runs(run: Run) -> None:
+def _go_through(run: Run) -> None:
+    """Run the loop inside the flow run that is under way, and note in the campaign's folder which one that is."""
+    path, ours = run.campaign.folder / FLOW_RUNS, flow_run.root_flow_run_id or flow_run.id
+    earlier: list[str] = (store.read_json(path) or {"flow_runs": []})["flow_runs"]
+    _close_dead_runs([UUID(one) for one in earlier if one != ours])
+    store.write_json(path, {"flow_runs": [*(one for one in earlier if one != ours), ours]})
+    loop.self_reward(run)
+
+
+def _close_dead_runs(ids: list[UUID]) -> None:
     """Mark what an earlier process left running: we hold the campaign's lock, so nobody works on it any more."""
-    current = FlowRunContext.get()
-    ours = current.flow_run.id if current and current.flow_run else None
     running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
     message = "Its process ended without a word. The campaign goes on in a later run."
+    if not ids:
+        return
     with suppress(Exception), get_client(sync_client=True) as client:  # the seam: only tidiness is at stake
-        named = FlowRunFilter(name=FlowRunFilterName(any_=[run.campaign.name]), state=running)
-        for dead in client.read_flow_runs(flow_run_filter=named):
-            if dead.id != ours and dead.parameters.get("root") == str(run.campaign.root):
-                parent = FlowRunFilterParentFlowRunId(any_=[dead.id])
-                turns = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=running))
-                for left in [*turns, dead]:
-                    client.set_flow_run_state(left.id, Crashed(message=message), force=True)
+        for dead in client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=ids), state=running)):
+            parent = FlowRunFilterParentFlowRunId(any_=[dead.id])
+            turns = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=running))
+            for left in [*turns, dead]:
+                client.set_flow_run_state(left.id, Crashed(message=message), force=True)
 
 
 class _Introduction:
@@ -142,14 +133,13 @@ class _Introduction:
             self._tracking = None
 
 
-def _asked(run: Run) -> tuple[str, str | None, str, list[str], str]:
+def _asked(run: Run) -> dict[str, Any]:
     """Spell a resolved campaign as the form would: what differs from its recipe becomes overrides."""
     config = run.config
-    try:
-        base = settings.flat(recipes.load(config.recipe, config.size))
-    except ConfigError:  # a recipe of the user's own
-        base = settings.flat(recipes.load("self_rewarding"))
+    shipped = config.recipe in recipes.names()  # else one of the user's own
+    base = settings.flat(recipes.load(config.recipe if shipped else "self_rewarding", config.size if shipped else None))
     changed = {name: value for name, value in settings.flat(config).items() if base.get(name) != value}
-    overrides = [f"{name}={value}" for name, value in changed.items() if name not in ("recipe", "size")]
-    recipe = config.recipe if config.recipe in recipes.names() else "self_rewarding"
-    return recipe, config.size, run.campaign.name, overrides, str(run.campaign.root)
+    overrides = form.as_asked({name: value for name, value in changed.items() if name not in ("recipe", "size")})
+    size = config.size if config.size in get_args(form.Size) else ""
+    recipe = config.recipe if shipped else "self_rewarding"
+    return {"recipe": recipe, "size": size, "name": run.campaign.name, "overrides": overrides}

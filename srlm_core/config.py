@@ -406,6 +406,7 @@ class SftConfig(OptimizerConfig):
     """Supervised fine-tuning of M0 on IFT (+ EFT) (section 3.1.3)."""
 
     learning_rate: float = Field(default=5.5e-6, gt=0)
+    """Highest rate of a step (section 3.1.3: 5.5e-6, for 70B; a small model wants far more)."""
     final_learning_rate: float = Field(default=1.1e-6, ge=0)
 
 
@@ -486,6 +487,7 @@ class DpoConfig(OptimizerConfig):
     """Direct preference optimisation (section 3.1.3; arXiv:2305.18290)."""
 
     learning_rate: float = Field(default=1e-6, gt=0)
+    """Highest rate of a step (section 3.1.3: 1e-6, for 70B; a small model wants more)."""
     final_learning_rate: float = Field(default=1e-7, ge=0)
     beta: float = Field(default=0.1, gt=0)
     """Pull towards the reference (section 3.1.3: 0.1)."""

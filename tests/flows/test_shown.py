@@ -81,7 +81,7 @@ def test_the_campaign_is_a_flow_run_of_its_name_with_a_sub_flow_for_each_turn(sh
     assert run.state.is_completed()
     assert run.parameters["name"] == "shown"
     assert run.parameters["size"] == "smoke"
-    assert "prompts.target=8" in run.parameters["overrides"]
+    assert {"setting": "prompts.target", "value": "8"} in run.parameters["overrides"]
     assert sorted(turn.name for turn in turns(run)) == ["bootstrap", "evaluate", "iteration 1"]
 
 
@@ -183,11 +183,17 @@ def test_a_deployed_flow_puts_its_campaign_together_and_is_one_flow_run(
 ) -> None:
     import sys
 
+    from flows.form import Changed, Override
     from flows.self_reward import self_reward
 
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    small = ["prompts.target=4", "iterations=1", 'evaluation.models="none"', "seed_data.eft_groups=4"]
-    self_reward("smoke", overrides=small, name="deployed", root=str(tmp_path))
+    monkeypatch.setenv("SRLM_ROOT", str(tmp_path))
+    small = Changed(prompts_target=4, iterations=1, evaluation_models="none")  # type: ignore[call-arg]
+    self_reward(
+        "smoke", name="deployed", settings=small, overrides=[Override(setting="seed_data.eft_groups", value="4")]
+    )
+    config = json.loads((tmp_path / "deployed" / "config.json").read_text())
+    assert (config["prompts"]["target"], config["seed_data"]["eft_groups"], config["responses"]["n"]) == (4, 4, 4)
     assert (tmp_path / "deployed" / "report" / "index.html").exists()
     assert sorted(turn.name for turn in turns(flow_run("deployed"))) == ["bootstrap", "evaluate", "iteration 1"]
 
@@ -197,17 +203,24 @@ def test_wrong_parameters_are_refused_before_the_run(server: PrefectServer) -> N
 
     from flows.self_reward import self_reward
 
-    with pytest.raises(ParameterTypeError, match="Did you mean self_rewarding"):
-        self_reward("self_rewardin")
-    with pytest.raises(ParameterTypeError, match="expected an override as key=value"):
-        self_reward("smoke", overrides=["responses.n"])
+    wrong: Any = [
+        ({"recipe": "self_rewardin"}, "recipe: expected one of smoke, demo"),
+        ({"name": "../elsewhere"}, "name"),
+        ({"settings": {"responses_n": 0}}, "greater than or equal to 1"),
+        ({"settings": {"responses_m": 1}}, "responses_m"),
+        ({"overrides": [{"setting": "responses.m", "value": "1"}]}, "overrides.0.setting"),
+    ]
+    for parameters, told in wrong:
+        with pytest.raises(ParameterTypeError, match=told):
+            self_reward(**parameters)
 
 
-def test_two_campaigns_stand_side_by_side(shown: Path) -> None:
+def test_two_campaigns_stand_side_by_side(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.compare import compare
 
     shutil.copytree(shown, shown.parent / "again", ignore=shutil.ignore_patterns("*.lock"))
-    rows = compare(["shown", "again"], str(shown.parent))
+    monkeypatch.setenv("SRLM_ROOT", str(shown.parent))
+    rows = compare(["shown", "again"])
     assert [row["method"] for row in rows] == ["shown", "again"]
 
 
@@ -219,10 +232,15 @@ def test_a_comparison_runs_its_methods_as_sub_flows_and_shows_the_table(
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
     from flows.compare import compare
+    from flows.form import Changed, OverrideOf
 
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    small = ["prompts.target=4", "iterations=1", 'evaluation.models="none"', "spin:seed_data.ift_rows=8"]
-    rows = compare.with_options(flow_run_name="compared")(["spin", "dpo"], str(tmp_path), "smoke", overrides=small)
+    monkeypatch.setenv("SRLM_ROOT", str(tmp_path))
+    small = Changed(prompts_target=4, iterations=1, evaluation_models="none")  # type: ignore[call-arg]
+    rows = compare.with_options(flow_run_name="compared")(
+        ["spin", "dpo"], "smoke", settings=small,
+        overrides=[OverrideOf(recipe="spin", setting="seed_data.ift_rows", value="8")],
+    )  # fmt: skip
     assert [(row["method"], row["points"]["value"]) for row in rows] == [("spin", None), ("dpo", None)]
     run = flow_run("compared")
     assert sorted(turn.name for turn in turns(run)) == ["compare-smoke-dpo-s0", "compare-smoke-spin-s0"]
