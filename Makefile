@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # PyTorch's own index of CPU builds, asked only where pip does not find the build by itself
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo stack test test-slow check bench clean
 
 $(READY): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -23,6 +23,9 @@ $(READY): requirements/cpu.lock pyproject.toml
 
 demo: $(READY)  ## the whole loop on a real 135M model
 	$(BIN)/srlm run demo
+
+stack: $(READY)  ## Prefect, MLflow and a worker on the loopback, until Ctrl-C
+	@$(BIN)/python -m deployments.stack
 
 test: $(READY)  ## everything quick, engines included
 	$(BIN)/python -m pytest -m "not slow and not gpu"

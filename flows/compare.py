@@ -8,8 +8,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
-from flows import comparing, form
+from flows import comparing, form, slots
 from srlm_core import standings
+from srlm_core.config import RunConfig
 
 Compared = Annotated[
     list[Annotated[str, Field(pattern=r"^(campaign:|recipe:)?[A-Za-z0-9][A-Za-z0-9_.-]*$")]], Field(min_length=2)
@@ -58,5 +59,6 @@ def campaign(name: str, run: Callable[[], None]) -> None:
     run()
 
 
-def _as_sub_flow(name: str, run: Callable[[], None]) -> None:
-    campaign(name, run)
+def _as_sub_flow(config: RunConfig, name: str, run: Callable[[], None]) -> None:
+    with slots.held(config):
+        campaign(name, run)

@@ -64,11 +64,11 @@ class Compared(NamedTuple):
     page: Path
 
 
-Within = Callable[[str, Callable[[], None]], None]
-"""Runs a campaign under its name: as a sub-flow, or just so."""
+Within = Callable[[RunConfig, str, Callable[[], None]], None]
+"""Runs a campaign of these settings under its name: as a sub-flow, or just so."""
 
 
-def compare(root: Path, asked: Asked, within: Within = lambda name, run: run()) -> Compared:
+def compare(root: Path, asked: Asked, within: Within = lambda config, name, run: run()) -> Compared:
     """Run what is to be run, or go on with it, and write one table and page of it all.
 
     Raises ConfigError or StoreError, before anything is run, for what cannot be compared.
@@ -215,4 +215,4 @@ def _run_all(root: Path, name: str, contenders: Sequence[Contender], asked: Aske
                     use_mlflow=asked.use_mlflow, as_json=asked.quiet, others=others,
                 )  # fmt: skip
 
-            within(campaign, run)
+            within(config, campaign, run)

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows import form
+from flows import form, slots
 from srlm_core import recipes
 
 
@@ -38,7 +38,8 @@ def measure(
     sets = [f"model.path={json.dumps(model)}", *form.spelled(settings, overrides)]
     config = recipes.load(form.recipe_file(recipe), size or None, sets)
     name = name or evaluation_name(model, None)
-    results = evaluate_model(config, name, form.root(), model, judging_only=False, redo=redo)
+    with slots.held(config):
+        results = evaluate_model(config, name, form.root(), model, judging_only=False, redo=redo)
     page = f"# {model}\n\n```json\n{json.dumps(results, indent=2)}\n```\n\nKept in `{form.root() / name}`.\n"
     create_markdown_artifact(page, "evaluation", f"What {model} is like")
     return results

@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import Field
 
-from flows import form
+from flows import form, slots
 from flows.self_reward import default_name
 from srlm_core import recipes, store
 from srlm_core.config import RunConfig
@@ -45,7 +45,8 @@ def nightly_rerun(
 
     config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
     name, config = tonight(config, default_name(recipe, size), due, form.root(), extend=each == "one more iteration")
-    run_recipe(config, name, form.root(), redo=False, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
+    with slots.held(config):
+        run_recipe(config, name, form.root(), redo=False, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
     return None
 
 

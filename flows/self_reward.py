@@ -21,7 +21,7 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from flows import form
+from flows import form, slots
 from flows.artifacts import Artifacts
 from flows.campaign import run_campaign, workers
 from flows.executor import PrefectExecutor
@@ -77,7 +77,8 @@ def self_reward(
 
     config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
     name = name or default_name(recipe, size)
-    run_recipe(config, name, form.root(), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
+    with slots.held(config):
+        run_recipe(config, name, form.root(), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
 
 
 def show(run: Run, tracking: Tracking | None) -> None:

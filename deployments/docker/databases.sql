@@ -1,0 +1,2 @@
+-- beside the database `prefect`, which the image makes
+CREATE DATABASE mlflow;

@@ -1,0 +1,11 @@
+#!/bin/sh
+# One setting, SRLM_AUTH=user:password (12 characters or more), closes both servers, and lets their clients in.
+set -eu
+if [ -n "${SRLM_AUTH:-}" ]; then
+  export PREFECT_SERVER_API_AUTH_STRING="$SRLM_AUTH" PREFECT_API_AUTH_STRING="$SRLM_AUTH"
+  export MLFLOW_TRACKING_USERNAME="${SRLM_AUTH%%:*}" MLFLOW_TRACKING_PASSWORD="${SRLM_AUTH#*:}"
+  export MLFLOW_AUTH_ADMIN_USERNAME="${SRLM_AUTH%%:*}" MLFLOW_AUTH_ADMIN_PASSWORD="${SRLM_AUTH#*:}"
+  : "${MLFLOW_FLASK_SERVER_SECRET_KEY:=$(python -c 'import secrets; print(secrets.token_hex(32))')}"
+  export MLFLOW_FLASK_SERVER_SECRET_KEY
+fi
+exec "$@"
