@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows import form, slots
+from flows import form, slots, worker
 from srlm_core import recipes
 
 
@@ -34,6 +34,7 @@ def measure(
     """
     from flows.running import evaluate_model, evaluation_name
 
+    worker.end_with_worker()
     model = form.path_below(model)
     sets = [f"model.path={json.dumps(model)}", *form.spelled(settings, overrides)]
     config = recipes.load(form.recipe_file(recipe), size or None, sets)

@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import Field
 
-from flows import form, slots
+from flows import form, slots, worker
 from flows.self_reward import default_name
 from srlm_core import recipes, store
 from srlm_core.config import RunConfig
@@ -36,6 +36,7 @@ def nightly_rerun(
         settings: What differs from the recipe. An empty field is the recipe's own value.
         overrides: Settings that have no field here.
     """
+    worker.end_with_worker()
     due = flow_run.scheduled_start_time or datetime.now(UTC)
     late = datetime.now(UTC) - due
     if late > timedelta(minutes=latest_start_minutes):

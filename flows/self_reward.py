@@ -21,7 +21,7 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from flows import form, slots
+from flows import form, slots, worker
 from flows.artifacts import Artifacts
 from flows.campaign import run_campaign, workers
 from flows.executor import PrefectExecutor
@@ -73,6 +73,7 @@ def self_reward(
         _go_through(run)
         return
     # started by a worker or a schedule: what the command line does before the loop is still to be done
+    worker.end_with_worker()
     from flows.running import run_recipe
 
     config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
@@ -99,25 +100,26 @@ def show(run: Run, tracking: Tracking | None) -> None:
 
 def _go_through(run: Run) -> None:
     """Run the loop inside the flow run that is under way, and note in the campaign's folder which one that is."""
-    path, ours = run.campaign.folder / FLOW_RUNS, flow_run.root_flow_run_id or flow_run.id
+    path, ours = run.campaign.folder / FLOW_RUNS, str(flow_run.id)
     earlier: list[str] = (store.read_json(path) or {"flow_runs": []})["flow_runs"]
-    _close_dead_runs([UUID(one) for one in earlier if one != ours])
+    _close_dead_runs(UUID(ours), [UUID(one) for one in earlier if one != ours])
     store.write_json(path, {"flow_runs": [*(one for one in earlier if one != ours), ours]})
     loop.self_reward(run)
 
 
-def _close_dead_runs(ids: list[UUID]) -> None:
+def _close_dead_runs(ours: UUID, earlier: list[UUID]) -> None:
     """Mark what an earlier process left running: we hold the campaign's lock, so nobody works on it any more."""
     running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
     message = "Its process ended without a word. The campaign goes on in a later run."
-    if not ids:
-        return
     with suppress(Exception), get_client(sync_client=True) as client:  # the seam: only tidiness is at stake
-        for dead in client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=ids), state=running)):
-            parent = FlowRunFilterParentFlowRunId(any_=[dead.id])
-            turns = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent, state=running))
-            for left in [*turns, dead]:
-                client.set_flow_run_state(left.id, Crashed(message=message), force=True)
+        # turns of this very run are there where it was started again
+        parents = FlowRunFilterParentFlowRunId(any_=[ours, *earlier])
+        dead = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents, state=running))
+        if earlier:
+            ids = FlowRunFilterId(any_=earlier)
+            dead += client.read_flow_runs(flow_run_filter=FlowRunFilter(id=ids, state=running))
+        for left in dead:
+            client.set_flow_run_state(left.id, Crashed(message=message), force=True)
 
 
 class _Introduction:
