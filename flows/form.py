@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_serializer
 from pydantic.json_schema import SkipJsonSchema
@@ -92,10 +92,13 @@ def _field(name: str) -> tuple[Any, Any]:
     return bounded | SkipJsonSchema[None], described
 
 
-_fields: dict[str, Any] = {name.replace(".", "_"): _field(name) for name in OFFERED}
-Changed: type[_Form] = create_model(
-    "Settings", __base__=_Form, __doc__="What differs from the recipe. Empty: the recipe's own value.", **_fields
-)
+if TYPE_CHECKING:
+    Changed = _Form
+else:
+    Changed = create_model(
+        "Settings", __base__=_Form, __doc__="What differs from the recipe. Empty: the recipe's own value.",
+        **{name.replace(".", "_"): _field(name) for name in OFFERED},
+    )  # fmt: skip
 """Typed overrides: `responses_n` for `responses.n`, and so on."""
 NOTHING = Changed()
 
