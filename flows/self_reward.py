@@ -3,10 +3,12 @@
 M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow, get_client
 from prefect.client.schemas.filters import (
@@ -16,12 +18,13 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 from pydantic import AfterValidator, Field
 
+from flows import ending
 from flows.artifacts import Artifacts
 from flows.campaign import run_campaign, workers
 from flows.executor import PrefectExecutor
@@ -81,18 +84,24 @@ def self_reward(
     overrides: Overrides = [],  # noqa: B006 - the form needs the empty list, nothing changes it
     root: Root = "runs",
     redo: Redo = False,
-) -> None:
+) -> State[Any]:
     """Let a language model improve itself by its own judgments: bootstrap, iterations, evaluation."""
     run = _prepared.get()
     if run is not None:
-        loop.self_reward(run)
-        return
+        return _ended(run.campaign.folder, partial(loop.self_reward, run))
     # started by a worker or a schedule: what the command line does before the loop is still to be done
     from flows.running import run_recipe
 
     config = recipes.load(recipe, size, overrides)
     name = name or default_name(recipe, config)
-    run_recipe(config, name, Path(root), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
+    run_it = partial(
+        run_recipe, config, name, Path(root), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False
+    )
+    return _ended(Path(root) / name, run_it)
+
+
+def _ended(folder: Path, run: Callable[[], None]) -> State[Any]:
+    return ending.told(run) or ending.completed(folder)
 
 
 def show(run: Run, tracking: Tracking | None) -> None:
@@ -116,7 +125,7 @@ def _close_dead_runs(run: Run) -> None:
     """Mark what an earlier process left running: we hold the campaign's lock, so nobody works on it any more."""
     current = FlowRunContext.get()
     ours = current.flow_run.id if current and current.flow_run else None
-    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PAUSED]))
     message = "Its process ended without a word. The campaign goes on in a later run."
     with suppress(Exception), get_client(sync_client=True) as client:  # the seam: only tidiness is at stake
         named = FlowRunFilter(name=FlowRunFilterName(any_=[run.campaign.name]), state=running)
