@@ -672,7 +672,7 @@ class TrackingConfig(Settings):
     experiment: str = "srlm"
     upload_below_mb: float = Field(default=1024.0, ge=0)
     """Checkpoints smaller than this go into MLflow; larger ones are referenced by path and digest."""
-    registered_model: str | None = Field(default=None, pattern="^[^/:]+$")
+    registered_model: str | None = Field(default=None, pattern="^[^/:'\"]+$")
     """Model in MLflow's registry of which every M_t is a version; null = the campaign's name. The alias `champion`
     moves to M_t when its gates pass: at least one was measured, and none failed."""
 
