@@ -17,10 +17,10 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.context import FlowRunContext
 from prefect.input import RunInput, keyset_from_paused_state
-from prefect.states import Cancelled, Paused
+from prefect.states import Paused
 
 from srlm_core import interrupts
-from srlm_core.errors import WaitsForPerson
+from srlm_core.errors import CancelledByPerson, Stopped, WaitsForPerson
 
 LOOK_S = 2.0
 """Seconds between two looks at what somebody decided."""
@@ -35,7 +35,7 @@ class Decision(RunInput):
 def ask(question: str, decided: Callable[[], bool | None]) -> bool | None:
     """Pause the flow run that is under way until it is resumed with a decision, or one is made elsewhere.
 
-    None outside a flow run. Raises KeyboardInterrupt when the run is cancelled, WaitsForPerson when it ends otherwise.
+    None outside a flow run. Raises CancelledByPerson when the run is cancelled, WaitsForPerson when it ends otherwise.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
@@ -81,10 +81,8 @@ class Pause:
             raise self._ended(told.state)
         return keys
 
-    def _ended(self, state: State[Any] | None) -> BaseException:
+    def _ended(self, state: State[Any] | None) -> Stopped:
         if state and (state.is_cancelling() or state.is_cancelled()):
-            ended = Cancelled(message="Cancelled while it waited for a decision.")
-            self._client.set_flow_run_state(self._run_id, ended, force=True)
-            return KeyboardInterrupt()
+            return CancelledByPerson(f"Cancelled while it waited: {self._question} The same command asks again.")
         found = f"the flow run is {state.name}" if state else "the flow run could not be paused"
         return WaitsForPerson(f"{self._question} Nobody decided, and {found}: decide by srlm approve.")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from srlm_core import gates, summary
-from srlm_core.errors import Stopped
+from srlm_core.errors import CancelledByPerson, Stopped
 
 T = TypeVar("T")
 
@@ -18,7 +18,8 @@ def told(run: Callable[[], T]) -> T | State[Any]:
     try:
         return run()
     except Stopped as why:
-        return Failed(name=why.title, message=str(why), data=why)
+        end = Cancelled if isinstance(why, CancelledByPerson) else Failed
+        return end(name=why.title, message=str(why), data=why)
 
 
 def completed(folder: Path) -> State[Any]:

@@ -60,3 +60,9 @@ class WaitsForPerson(Stopped):
     """The campaign needs somebody's decision, and nobody could be asked."""
 
     title = "Waits for a person"
+
+
+class CancelledByPerson(Stopped):
+    """Somebody cancelled the campaign while it waited for a decision."""
+
+    title = "Cancelled"
