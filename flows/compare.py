@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State
 from pydantic import AfterValidator, Field
 
 from flows import comparing
+from flows.ending import told
 from flows.self_reward import Redo, Root, Size, override
 from srlm_core import standings
 
@@ -55,9 +57,9 @@ def compare(
 
 
 @flow(flow_run_name="{name}", validate_parameters=False)
-def campaign(name: str, run: Callable[[], None]) -> None:
+def campaign(name: str, run: Callable[[], None]) -> State[Any] | None:
     """Run one campaign of the comparison."""
-    run()
+    return told(run)
 
 
 def _as_sub_flow(name: str, run: Callable[[], None]) -> None:
