@@ -49,6 +49,9 @@ class OneByOne:
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         return run()
 
+    def ask(self, question: str, decided: Callable[[], bool | None]) -> bool | None:
+        return decided()
+
 
 def main() -> None:
     """Run the recipe named on the command line, in the folder named there."""

@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
 
-from srlm_core import schemas, store, summary, table
+from srlm_core import gates, schemas, store, summary, table
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
 
@@ -81,6 +81,9 @@ class Artifacts:
     def _on_iteration(self, publish: "Publisher", t: int) -> None:
         for make in (iteration_report, judge_health, pair_samples):
             self._behind.put(make, publish, self._campaign, t)
+
+    def _on_gate(self, publish: "Publisher", **_: Any) -> None:
+        self._behind.put(gates_table, publish, self._campaign)
 
     def _on_finished(self, publish: "Publisher", **_: Any) -> None:
         self._behind.put(self._links, publish)
@@ -171,6 +174,19 @@ def pair_samples(publish: Publisher, campaign: Campaign, t: int) -> None:
         for row in store.read_part(path).slice(0, SAMPLES).to_pylist()
     ]  # fmt: skip
     publish("table", "pair-samples", json.dumps(rows), f"{campaign.name}: what M{t + 1} was taught to prefer")
+
+
+def gates_table(publish: Publisher, campaign: Campaign) -> None:
+    """Show what every M_t so far came to at its gates."""
+    rows = [
+        {"model": f"M{t}", **gate._asdict(), "passed": _WORDS[gate.passed]}
+        for t, asked in gates.read(campaign.folder).items()
+        for gate in asked
+    ]
+    publish("table", "gates", json.dumps(rows), f"{campaign.name}: what its models must keep to")
+
+
+_WORDS = {True: "passed", False: "failed", None: "not measured"}
 
 
 def _cut(text: str) -> str:

@@ -76,7 +76,7 @@ def _shown(run: Run, server: PrefectServer, tracking: Tracking | None) -> bool:
 
 
 def _report(campaign: Campaign, what: str, details: dict[str, Any]) -> None:
-    if what == "finished":
+    if what in ("finished", "stopped", "waiting"):
         from srlm_core.report import write_report
 
         try:

@@ -141,6 +141,21 @@ def report(
 
 
 @app.command()
+def approve(
+    campaign: str,
+    stop: Annotated[bool, typer.Option("--stop", help="End the campaign here instead.")] = False,
+    root: Root = RUNS,
+) -> None:
+    """Decide on the iteration that a campaign finished last: it goes on with the next one (gates.approval)."""
+    from flows.looking import folder_of
+    from srlm_core import approval
+
+    t = approval.decide(folder_of(root, campaign), go_on=not stop)
+    next_one = "it ends there." if stop else f"the same run command goes on with iteration {t + 1}."
+    typer.echo(f"{campaign}: decided after iteration {t}: {next_one}")
+
+
+@app.command()
 def show(campaign: str, prompt_id: str, root: Root = RUNS) -> None:
     """Show one prompt's way through the house: responses, judgments, scores, pair."""
     from flows.looking import folder_of

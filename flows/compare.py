@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State
 from pydantic import Field
 
 from flows import comparing, form, slots, worker
+from flows.ending import told
 from srlm_core import standings
 from srlm_core.config import RunConfig
 
@@ -54,9 +56,9 @@ def compare(
 
 
 @flow(flow_run_name="{name}", validate_parameters=False)
-def campaign(name: str, run: Callable[[], None]) -> None:
+def campaign(name: str, run: Callable[[], None]) -> State[Any] | None:
     """Run one campaign of the comparison."""
-    run()
+    return told(run)
 
 
 def _as_sub_flow(config: RunConfig, name: str, run: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from srlm_core import table
+from srlm_core.gates import Gate, in_words
 from srlm_core.store import Campaign
 
 log = logging.getLogger("srlm")
@@ -85,6 +86,12 @@ class Console:
 
     def _on_note(self, text: str) -> None:
         self.say(text)
+
+    def _on_gate(self, t: int, gates: Sequence[Gate]) -> None:
+        self.say(f"M{t}: {in_words(gates)}")
+
+    def _on_waiting(self, question: str) -> None:
+        self.say(f"{question} Decide in the Prefect UI where there is one, or by srlm approve {self._campaign.name}")
 
     def _on_set_aside(self, file: str, count: int, where: str) -> None:
         self.say(f"{count} rows of the {file} file are not used; each with its reason: {where}")

@@ -7,6 +7,7 @@ from prefect import Flow, Task
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows import asking
 from flows.bootstrap import bootstrap
 from flows.evaluate import evaluate
 from flows.iteration import iteration
@@ -79,6 +80,10 @@ class PrefectExecutor:
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         """Run a turn of the loop as a sub-flow, with threads of its own."""
         return _with_threads(FLOWS[kind], self._workers)(name, run)
+
+    def ask(self, question: str, decided: Callable[[], bool | None]) -> bool | None:
+        """Pause the flow run until somebody decides."""
+        return asking.ask(question, decided)
 
 
 def _with_threads(flow: Flow[..., Any], workers: int) -> Flow[..., Any]:

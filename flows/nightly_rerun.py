@@ -1,15 +1,17 @@
 """A campaign every night: a new one of its own seed, or one more iteration of the last."""
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import Field
 
-from flows import form, slots, worker
+from flows import ending, form, slots, worker
 from flows.self_reward import default_name
 from srlm_core import recipes, store
 from srlm_core.config import RunConfig
@@ -25,7 +27,7 @@ def nightly_rerun(
     latest_start_minutes: Annotated[int, Field(ge=1)] = 60,
     settings: form.Changed = form.NOTHING,
     overrides: list[form.Override] = [],  # noqa: B006 - the form needs the empty list, nothing changes it
-) -> Any:
+) -> State[Any]:
     """Run a recipe again on a schedule: a campaign per date, with the date as its seed, or one that grows.
 
     Args:
@@ -46,9 +48,11 @@ def nightly_rerun(
 
     config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
     name, config = tonight(config, default_name(recipe, size), due, form.root(), extend=each == "one more iteration")
+    run_it = partial(
+        run_recipe, config, name, form.root(), redo=False, fork=None, use_prefect=True, use_mlflow=True, as_json=False
+    )
     with slots.held(config):
-        run_recipe(config, name, form.root(), redo=False, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
-    return None
+        return ending.told(run_it) or ending.completed(form.root() / name)
 
 
 def tonight(config: RunConfig, base: str, due: datetime, root: Path, *, extend: bool) -> tuple[str, RunConfig]:

@@ -3,8 +3,11 @@
 M0 --SFT on IFT + EFT--> M1 --[prompts, responses, judgments, pairs, DPO]--> M2 --[…]--> M3
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 from uuid import UUID
 
@@ -16,12 +19,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from flows import form, slots, worker
+from flows import ending, form, slots, worker
 from flows.artifacts import Artifacts
 from flows.campaign import run_campaign, workers
 from flows.executor import PrefectExecutor
@@ -57,7 +60,7 @@ def self_reward(
     settings: form.Changed = form.NOTHING,
     overrides: list[form.Override] = [],  # noqa: B006 - the form needs the empty list, nothing changes it
     redo: bool = False,
-) -> None:
+) -> State[Any]:
     """Let a language model improve itself by its own judgments: bootstrap, iterations, evaluation.
 
     Args:
@@ -70,16 +73,22 @@ def self_reward(
     """
     run = _prepared.get()
     if run is not None:
-        _go_through(run)
-        return
+        return _ended(run.campaign.folder, partial(_go_through, run))
     # started by a worker or a schedule: what the command line does before the loop is still to be done
     worker.end_with_worker()
     from flows.running import run_recipe
 
     config = recipes.load(form.recipe_file(recipe), size or None, form.spelled(settings, overrides))
     name = name or default_name(recipe, size)
+    run_it = partial(
+        run_recipe, config, name, form.root(), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False
+    )
     with slots.held(config):
-        run_recipe(config, name, form.root(), redo=redo, fork=None, use_prefect=True, use_mlflow=True, as_json=False)
+        return _ended(form.root() / name, run_it)
+
+
+def _ended(folder: Path, run: Callable[[], None]) -> State[Any]:
+    return ending.told(run) or ending.completed(folder)
 
 
 def show(run: Run, tracking: Tracking | None) -> None:
@@ -109,7 +118,7 @@ def _go_through(run: Run) -> None:
 
 def _close_dead_runs(ours: UUID, earlier: list[UUID]) -> None:
     """Mark what an earlier process left running: we hold the campaign's lock, so nobody works on it any more."""
-    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PAUSED]))
     message = "Its process ended without a word. The campaign goes on in a later run."
     with suppress(Exception), get_client(sync_client=True) as client:  # the seam: only tidiness is at stake
         # turns of this very run are there where it was started again

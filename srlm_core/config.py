@@ -623,6 +623,49 @@ class Scheduled(Settings):
     """Dotted names to values, such as `{ "pairs.length_control" = 0.32 }`."""
 
 
+class GatesConfig(Settings):
+    """What a model M_t must keep to: asked before M_t+1 is trained, and of the last model once it is measured.
+
+    Null = not checked; what could not be measured neither passes nor fails. The first three are counts of everything
+    that an iteration made: the number itself decides. The next three are of samples: a gate fails where the number is
+    past its limit by more than two standard errors, and one value alone, whose error nobody knows, decides nothing.
+    """
+
+    min_readable_rate: float | None = Field(default=None, ge=0, le=1)
+    """Smallest share of the iteration's judgments that could be read."""
+    max_tie_rate: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of prompts without a pair because all scores are equal, of those that reached pairing."""
+    min_pairs_yield: float | None = Field(default=None, ge=0, le=1)
+    """Smallest share of prompts that gave a pair, of those that reached pairing."""
+    max_length_growth: float | None = Field(default=None, gt=0)
+    """Largest mean length of M_t's answers over that of M1's to the same evaluation prompts: a ratio of tokens."""
+    min_win_rate: float | None = Field(default=None, ge=0, le=1)
+    """Smallest share of points of M_t head to head against M_t-1, both orders, a tie one half, by evaluation.judge.
+    Set, it is played in iteration t, for which a judge that is a local model starts an engine once an iteration."""
+    max_capability_drop: float | None = Field(default=None, ge=0, le=100)
+    """Largest fall from M1 to M_t in the mean of the tasks of evaluation.suites.capability, in percentage points on
+    the same questions."""
+    goodhart: bool = False
+    """Fails where M_t's mean score of its own responses is above M_t-1's while its agreement with people's ranks
+    (held-out pairwise accuracy) is below, both by more than the standard error of the difference."""
+    stop: bool = True
+    """A gate that fails ends the campaign; with its limit changed the same command goes on. False = it is only told."""
+    approval: bool = False
+    """Between two iterations, wait for a person: from the Prefect UI where there is one, else by `srlm approve`."""
+
+    @property
+    def of_evaluation(self) -> list[str]:
+        """Name the gates that are set and rest on what evaluation measures."""
+        named = ("max_length_growth", "min_win_rate", "max_capability_drop")
+        return [name for name in named if getattr(self, name) is not None] + ["goodhart"] * self.goodhart
+
+    @property
+    def asked(self) -> bool:
+        """Whether any gate is set."""
+        counted = (self.min_readable_rate, self.max_tie_rate, self.min_pairs_yield)
+        return bool(self.of_evaluation) or any(limit is not None for limit in counted)
+
+
 class TrackingConfig(Settings):
     """MLflow and Prefect; neither is needed."""
 
@@ -631,6 +674,9 @@ class TrackingConfig(Settings):
     experiment: str = "srlm"
     upload_below_mb: float = Field(default=1024.0, ge=0)
     """Checkpoints smaller than this go into MLflow; larger ones are referenced by path and digest."""
+    registered_model: str | None = Field(default=None, pattern="^[^/:'\"]+$")
+    """Model in MLflow's registry of which every M_t is a version; null = the campaign's name. The alias `champion`
+    moves to M_t when its gates pass: at least one was measured, and none failed."""
 
 
 class RunConfig(Settings):
@@ -663,6 +709,7 @@ class RunConfig(Settings):
     temporal: TemporalConfig = TemporalConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gates: GatesConfig = GatesConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -683,6 +730,21 @@ class RunConfig(Settings):
                     f"{name}.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
                     f"engine.context={self.engine.context}. Raise the context or lower max_tokens."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_can_be_measured(self) -> "RunConfig":
+        rests = self.gates.of_evaluation
+        if rests and self.evaluation.models == "none":
+            raise ValueError(
+                f"gates.{rests[0]} rests on what evaluation measures, and evaluation.models=none. Set "
+                "evaluation.models=policy, or leave that gate out."
+            )
+        if self.gates.max_capability_drop is not None and not self.evaluation.suites.capability:
+            raise ValueError(
+                f"gates.max_capability_drop={self.gates.max_capability_drop} rests on evaluation.suites.capability, "
+                "which names no task. Name some, or leave that gate out."
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,3 +35,34 @@ class EngineClosed(SrlmError):
 
 class TrainingFailed(SrlmError):
     """The training process ended without a model; carries its own last words."""
+
+
+class Stopped(SrlmError):
+    """A campaign that was ended on purpose, with everything kept: nothing broke."""
+
+    title = "Stopped"
+    """What to call such an end in a word or two."""
+
+
+class StoppedByGate(Stopped):
+    """A model did not keep to a limit of `gates`; names each gate that failed."""
+
+    title = "Stopped by a gate"
+
+
+class StoppedByPerson(Stopped):
+    """Somebody decided that the campaign ends after an iteration."""
+
+    title = "Stopped by a person"
+
+
+class WaitsForPerson(Stopped):
+    """The campaign needs somebody's decision, and nobody could be asked."""
+
+    title = "Waits for a person"
+
+
+class CancelledByPerson(Stopped):
+    """Somebody cancelled the campaign while it waited for a decision."""
+
+    title = "Cancelled"

@@ -45,6 +45,10 @@ class Executor(Protocol):
         """Run a group of work under a name: bootstrap, iteration, evaluate."""
         ...
 
+    def ask(self, question: str, decided: Callable[[], bool | None]) -> bool | None:
+        """Ask a person whether to go on, unless it is `decided` meanwhile; None where nobody can be asked."""
+        ...
+
 
 class PlainExecutor:
     """Threads of this process. They wait for engines, so many of them cost nothing."""
@@ -75,6 +79,9 @@ class PlainExecutor:
 
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         return run()
+
+    def ask(self, question: str, decided: Callable[[], bool | None]) -> bool | None:
+        return decided()
 
 
 class _Waited(Generic[T]):

@@ -1,5 +1,6 @@
 """frozen_judge: what a judge that nobody trains says of all the models' answers, once they are all there."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ def head_to_head(run: Run, judge: Model, lend: Lend) -> None:
     if tallies:
         store.write_json(folder / "results.json", {**_who_judged(run, judge), "comparisons": tallies})
         run.tell("evaluation", model="head_to_head", results=tallies)
+
+
+def meet(run: Run, judge: Model, lend: Lend, newer: str, older: str) -> dict[str, Any] | None:
+    """Let the frozen judge compare two models before the others have answered; None where one of the two has not.
+
+    The part that it makes is the one that `head_to_head` finds later.
+    """
+    folder = run.campaign.folder / "evaluation"
+    if not {newer, older} <= set(_answered(run)):
+        return None
+    ((rows, lengths),) = _play(run, judge, lend, folder / "head_to_head", [(newer, older)]).values()
+    return evaluation.tally(rows, lengths)
 
 
 def place_own_answers(run: Run, judge: Model, lend: Lend) -> None:
@@ -90,12 +103,21 @@ def _who_judged(run: Run, judge: Model) -> dict[str, Any]:
 
 def _all_matches(run: Run, judge: Model, lend: Lend, folder: Path) -> dict[str, tuple[pa.Table, dict[str, int]]]:
     """Play all comparisons under one judge: by name its verdicts, and the lengths of the answers by id."""
-    asked = evaluation_prompts(run.seed_data.evaluation)
-    answered = {
-        path.parent.parent.name: path for path in run.campaign.folder.glob("evaluation/*/responses/part-00000.parquet")
-    }
+    return _play(run, judge, lend, folder, head_to_heads(run.config, set(_answered(run))))
+
+
+def _answered(run: Run) -> dict[str, Path]:
+    """Find the models' answers to the evaluation prompts."""
+    found = run.campaign.folder.glob("evaluation/*/responses/part-00000.parquet")
+    return {path.parent.parent.name: path for path in found}
+
+
+def _play(
+    run: Run, judge: Model, lend: Lend, folder: Path, pairs: Sequence[tuple[str, str]]
+) -> dict[str, tuple[pa.Table, dict[str, int]]]:
+    asked, answered = evaluation_prompts(run.seed_data.evaluation), _answered(run)
     pending: dict[str, tuple[Pending[Made], dict[str, int]]] = {}
-    for newer, older in head_to_heads(run.config, set(answered)):
+    for newer, older in pairs:
         a, b = store.read_part(answered[newer]), store.read_part(answered[older])
         played = evaluation.matches(asked, a, b)
         name = f"{newer}_vs_{older}"

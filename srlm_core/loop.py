@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import annotating, comparisons, counting, frozen_judge, measuring, store, training
+from srlm_core import annotating, comparisons, counting, frozen_judge, gatekeeper, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
 from srlm_core.config import DpoConfig
@@ -33,6 +33,7 @@ def self_reward(run: Run) -> None:
     executor.flow("bootstrap", "bootstrap", partial(bootstrap, run))
     for t in range(1, last + 1):
         executor.flow("iteration", f"iteration {t}", partial(iterate, run, t))
+        gatekeeper.ask_person(run, t)
     executor.flow("evaluate", "evaluate", partial(evaluate_rest, run))
     run.tell("finished", timings=run.timings)
 
@@ -80,6 +81,7 @@ def iterate(run: Run, t: int) -> None:
     policy = run.model(f"M{t}")
     made = make_datasets(run, t, policy)
     _require_rows(run, t, made)
+    gatekeeper.ask_gates(run, t)  # before the training, which is what costs
     lesson = _on_prompts if METHODS[run.config.method].learns == "online" else _on_pairs
     with annotating.meanwhile(run, policy):
         teach(run, lesson(run, t, made))
@@ -125,6 +127,7 @@ def evaluate_rest(run: Run) -> None:
         frozen_judge.place_own_answers(run, judge, lend)
     frozen_judge.other_judges(run)
     annotating.annotate(run)
+    gatekeeper.ask_gates(run, run.config.iterations + 1)
 
 
 def evaluate_one(run: Run, model: Model, *, judging_only: bool = False) -> dict[str, Any]:

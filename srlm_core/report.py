@@ -13,7 +13,20 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from srlm_core import counting, evaluation, pages, paper, report_words, settings, side_by_side, store, summary, table
+from srlm_core import (
+    approval,
+    counting,
+    evaluation,
+    gates,
+    pages,
+    paper,
+    report_words,
+    settings,
+    side_by_side,
+    store,
+    summary,
+    table,
+)
 from srlm_core.config import RunConfig
 from srlm_core.measures import OF_THE_ANSWERS, OF_THE_ITERATION, OF_THE_JUDGE, suite_measures
 from srlm_core.rates import Rate, rate
@@ -68,6 +81,8 @@ def gather(folder: Path, *, texts: bool = True) -> dict[str, Any]:
         "cell": table.cell,
         "spell": spell,
         "to_draw": {"found": found, "curves": curves, "tokens": tokens, "matches": matches, "timings": timings},
+        "gates": _gates(folder),
+        "decided": _decided(folder, found),
         "made": _by_iteration(found),
         "judges": _by_model(found, OF_THE_JUDGE),
         "suites": _by_model(found, suite_measures(found)),
@@ -150,6 +165,31 @@ def _by_model(found: Summary, names: Mapping[str, str]) -> list[dict[str, str]]:
         }
         for name, label in names.items()
         if any(f"evaluation/{name}" in of for of in found.of_model.values())
+    ]
+
+
+def _gates(folder: Path) -> list[dict[str, str]]:
+    """Spell what every model came to at its gates, a line each."""
+    return [
+        {
+            "model": f"M{t}",
+            "gate": gate.name,
+            "value": spell(gate.value, gate.stderr, gate.n),
+            "limit": gate.bound or "–",
+            "came": {True: "passed", False: "failed", None: "not measured"}[gate.passed],
+            "note": gate.note,
+        }
+        for t, asked in gates.read(folder).items()
+        for gate in asked
+    ]
+
+
+def _decided(folder: Path, found: Summary) -> list[str]:
+    """Say what a person decided between iterations."""
+    decisions = {t: approval.read(folder, t) for t in found.iterations}
+    words = {True: "go on", False: "end the campaign there"}
+    return [
+        f"After iteration {t} somebody decided: {words[go_on]}." for t, go_on in decisions.items() if go_on is not None
     ]
 
 

@@ -24,7 +24,8 @@ MARKER = "complete.json"
 """Written last into a model's folder: where it is, the model is whole."""
 
 Observer = Callable[[str, dict[str, Any]], None]
-"""Told (what happened, details): part, training, model, iteration, evaluation, engine_start, phase, finished."""
+"""Told (what happened, details): part, training, model, gate, iteration, evaluation, engine_start, phase, waiting,
+stopped, finished."""
 
 
 @dataclass

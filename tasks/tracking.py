@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import settings, store, summary
+from srlm_core import gates, settings, store, summary
 from srlm_core.config import RunConfig
 from srlm_core.errors import ModelError
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
+from tasks.registry import Registry
 
 log = logging.getLogger("srlm")
 
@@ -111,6 +112,9 @@ class Tracking:
 
     def _on_evaluation(self, model: str, **_: Any) -> None:
         self._behind.put(self._record.evaluated, model)
+
+    def _on_gate(self, t: int, **_: Any) -> None:
+        self._behind.put(self._record.held, t)
 
     def _on_iteration(self, t: int) -> None:
         self._behind.put(self._record.iteration, t)
@@ -252,6 +256,8 @@ class Record:
         if inputs:
             self._client.log_inputs(child.run_id, inputs)
         self._model(model, marker)
+        if re.fullmatch(r"M[1-9]\d*", model):
+            self._version(model, marker)
         self._client.set_terminated(child.run_id, "FINISHED")
 
     def evaluated(self, model: str) -> None:
@@ -274,6 +280,20 @@ class Record:
         self._parent.log([Point(name, value, t) for name, value in measured.items()], revise=True)
         self._parent.log(self._usage(t))
 
+    def held(self, t: int) -> None:
+        """Log what M_t came to at its gates: 1 passed, 0 failed, else nothing. `champion` moves to it if it passed."""
+        found = gates.read(self._campaign.folder)
+        if t not in found:
+            return
+        asked = found[t]
+        known = [(gate.name, float(gate.passed)) for gate in asked if gate.passed is not None]
+        self._parent.log([Point(f"gate/{name}", passed, t) for name, passed in known], revise=True)
+        self.tag({f"gate/M{t}": gates.in_words(asked)})
+        marker = store.read_json(self._campaign.model(f"M{t}") / "complete.json")
+        # the last one that passed, also where MLflow was away when it did
+        if marker is not None and t == max((s for s, of in found.items() if gates.verdict(of)), default=None):
+            self._registry.crown(self._version(f"M{t}", marker))
+
     def everything(self) -> None:
         """Go over the whole folder: what an earlier attempt missed is made up for."""
         folder = self._campaign.folder
@@ -282,6 +302,8 @@ class Record:
         for model in summary.models(folder):
             self.trained(model)
             self.evaluated(model)
+        for t in gates.read(folder):
+            self.held(t)
         self._parent.log(self._usage(self._config.iterations + 1))
 
     def _usage(self, t: int) -> list[Point]:
@@ -350,6 +372,17 @@ class Record:
                 self._upload(logged, model)
             self._models[key] = logged.model_id
         return self._models[key]
+
+    @cached_property
+    def _registry(self) -> Registry:
+        name = self._config.tracking.registered_model or re.sub(r"[/:'\"]", "_", self._campaign.name)
+        return Registry(self._client, name)
+
+    def _version(self, model: str, marker: Mapping[str, Any]) -> Any:
+        """Return the registered version of these weights of M_t."""
+        model_id = self._model(model, marker)
+        tags = self._identity | {"srlm.model": model, "srlm.digest": marker["digest"]}
+        return self._registry.version(model_id, self._child(model, marker["digest"]).run_id, tags)
 
     def _new_model(self, model: str, marker: Mapping[str, Any]) -> Any:
         trained_from, reference = (marker.get(name) or ("", "") for name in ("init_from", "reference"))

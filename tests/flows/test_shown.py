@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_runs import client, flow_run, turns
 
 from flows.server import PrefectServer
 from srlm_core.backend import Backend, Model
@@ -21,30 +22,6 @@ EVALUATED = ("responses", "heldout", "text", "attacks")
 
 def rows_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
-
-
-def client() -> Any:
-    from prefect import get_client
-
-    return get_client(sync_client=True)
-
-
-def flow_run(name: str) -> Any:
-    """The one flow run of this name."""
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-
-    with client() as here:
-        (found,) = here.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
-    return found
-
-
-def turns(run: Any) -> list[Any]:
-    """The sub-flow runs of a campaign."""
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-
-    wanted = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]))
-    with client() as here:
-        return here.read_flow_runs(flow_run_filter=wanted)
 
 
 def task_runs(runs: list[Any], expected: int) -> list[Any]:

@@ -59,7 +59,21 @@ class Recorded(NamedTuple):
             for key, run in runs.items()
         }
         models = {model.model_id: (name, dict(model.tags)) for name, model in self.models().items()}
-        return metrics, params, inputs, models
+        return metrics, params, inputs, models, self.versions(), self.champions()
+
+    def versions(self) -> list[tuple[str, str, str, dict[str, str]]]:
+        """The registered versions: name, number, model, tags."""
+        found = self.client.search_model_versions()
+        return sorted((one.name, one.version, one.tags["srlm.model"], dict(one.tags)) for one in found)
+
+    def champions(self) -> dict[str, str]:
+        """Registered model to the M_t that is its champion."""
+        named = {model.name: model.aliases.get("champion") for model in self.client.search_registered_models()}
+        return {
+            name: self.client.get_model_version_by_alias(name, "champion").tags["srlm.model"]
+            for name, version in named.items()
+            if version is not None
+        }
 
 
 def run(root: Path, *overrides: str, name: str = "c") -> Path:
@@ -135,6 +149,54 @@ def test_the_same_campaign_again_doubles_nothing(recorded: Recorded) -> None:
     before = recorded.everything()
     run(recorded.root)
     assert recorded.everything() == before
+
+
+SMALL = ("iterations=1", "evaluation.attacks=false", "evaluation.refusals=false", "evaluation.own_groups=0")
+
+
+def test_every_model_is_a_version_and_without_gates_none_is_champion(recorded: Recorded) -> None:
+    versions = [(number, model) for name, number, model, _ in recorded.versions() if name == "c"]
+    assert versions == [(1, "M1"), (2, "M2"), (3, "M3")]
+    assert "c" not in recorded.champions()
+    found = recorded.client.get_model_version("c", "2")
+    assert found.source == recorded.models()["c-M2"].artifact_location
+
+
+@pytest.mark.slow
+def test_champion_moves_to_what_passed_its_gates_and_a_failed_gate_leaves_it(tmp_path: Path) -> None:
+    here = Recorded(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    # M1 is held by what it makes, M2, the last one, by its length alone
+    limits = ("gates.max_tie_rate=1", "gates.stop=false")
+    run(tmp_path, *SMALL, *limits, "gates.max_length_growth=0.1")
+    assert here.champions() == {"c": "M1"}
+    parent = here.parent()
+    assert here.points(parent, "gate/tie_rate") == [(1, 1.0)]
+    assert here.points(parent, "gate/length_growth") == [(2, 0.0)]
+    assert "1 failed: length_growth" in parent.data.tags["gate/M2"]
+    before = here.everything()
+    run(tmp_path, *SMALL, *limits, "gates.max_length_growth=0.1")
+    assert here.everything() == before
+    run(tmp_path, *SMALL, *limits, "gates.max_length_growth=50")
+    assert here.champions() == {"c": "M2"}
+    # somebody moves it by hand, and the same campaign again takes it from nobody
+    here.client.set_registered_model_alias("c", "champion", "1")
+    run(tmp_path, *SMALL, *limits, "gates.max_length_growth=50")
+    assert here.champions() == {"c": "M1"}
+    assert [(number, model) for _, number, model, _ in here.versions()] == [(1, "M1"), (2, "M2")]
+
+
+@pytest.mark.slow
+def test_campaigns_under_one_registered_name_are_versions_of_one_model(tmp_path: Path) -> None:
+    here = Recorded(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    asked = ('evaluation.models="none"', "iterations=1", "gates.max_tie_rate=1", 'tracking.registered_model="team"')
+    for name in ("old", "new"):
+        run(tmp_path, *asked, name=name)
+    assert {name for name, *_ in here.versions()} == {"team"}
+    assert len(here.versions()) == 4
+    champion = here.client.get_model_version_by_alias("team", "champion")
+    assert (champion.tags["srlm.campaign"], champion.tags["srlm.model"]) == ("new", "M1")
+    run(tmp_path, *asked, name="old")  # gone over again, it takes nothing back
+    assert here.client.get_model_version_by_alias("team", "champion").version == champion.version
 
 
 def test_a_training_that_went_on_after_a_crash_has_one_curve(tmp_path: Path, recorded: Recorded) -> None:
