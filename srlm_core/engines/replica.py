@@ -163,9 +163,7 @@ class Replica:
             if not self._closed:
                 self._end(self.child.obituary())
                 if self._restarts:
-                    log.warning(
-                        "%s: what it was asked is asked again, and it is started again: %s", self.name, self._over
-                    )
+                    log.warning("%s is started again, and what it owed is asked again: %s", self.name, self._over)
             words = self._again()
 
     def _again(self) -> Iterator[bytes] | None:
