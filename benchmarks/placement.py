@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.sides import Comparison, in_turn, stopwatch
+from benchmarks.sides import Comparison, allowed, in_turn, stopwatch
 from benchmarks.workload import engine, requests, small_model
 from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware, open_engine, site_of
@@ -37,41 +37,36 @@ def compare(size: Size, rounds: int) -> list[Comparison]:
 
 
 def _scripted(folder: Path, size: Size, rounds: int) -> Comparison:
-    model = base_model(folder / "M0")
-    made = _comparison("scripted, in seconds a thousand requests")
+    """See that both answer the same, and what the way over Ray adds to a request."""
+    model, added = base_model(folder / "M0"), []
     with ExitStack() as stack:
         there, here = (stack.enter_context(_replicas(model, where, folder)) for where in ("ray", "local"))
-
-        def asked(r: int) -> list[Request]:
-            return requests(size.scripted, 1024, r)
-
-        def side(engine: Engine, r: int) -> float:
-            return _seconds(engine, asked(r))[0] / size.scripted * 1000
-
-        assert sorted(there.generate(asked(rounds))) == sorted(here.generate(asked(rounds))), "other answers"
-        in_turn(lambda r: side(there, r), [(made, lambda r: side(here, r))], rounds)
-    return made
+        for r in range(rounds + 1):
+            asked = requests(size.scripted, 1024, r)
+            (seconds, done), (plain, same) = _seconds(there, asked), _seconds(here, asked)
+            if sorted(done) != sorted(same):
+                raise SystemExit("placement: expected the same answers of both, got others.")
+            added.append(round((seconds - plain) / size.scripted * 1000, 5))
+    return allowed("placement: what Ray adds to a request of the scripted engine", added[1:], 1.0, "ms")
 
 
 def _real(folder: Path, size: Size, rounds: int) -> Comparison:
-    made = _comparison(f"the small model, {size.requests} requests of {size.tokens} tokens at most")
+    name = f"placement: the small model, {size.requests} requests of {size.tokens} tokens at most"
+    made = Comparison(name, "two Ray actors", "two child processes", "s", "at most", 1.15)
     with ExitStack() as stack:
         there, here = (stack.enter_context(_open(where, size, folder)) for where in ("ray", "local"))
 
         def side(engine: Engine, r: int) -> float:
             asked = requests(size.requests, size.tokens, r)
             seconds, done = _seconds(engine, asked)
-            assert Counter(one.request_id for one in done) == {request.id: request.n for request in asked}
+            if Counter(one.request_id for one in done) != {request.id: request.n for request in asked}:
+                raise SystemExit("placement: expected every request answered once.")
             return seconds
 
         for engine in (there, here):
             _seconds(engine, requests(8, size.tokens, rounds))  # the first steps after a start are slower
         in_turn(lambda r: side(there, r), [(made, lambda r: side(here, r))], rounds)
     return made
-
-
-def _comparison(name: str) -> Comparison:
-    return Comparison(f"placement: {name}", "two Ray actors", "two child processes", "s", "at most", 1.15)
 
 
 def _seconds(engine: Engine, asked: list[Request]) -> tuple[float, list[Completion]]:

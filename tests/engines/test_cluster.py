@@ -216,6 +216,18 @@ def test_a_campaign_whose_actor_is_killed_ends_with_the_same_bytes_and_leaves_no
 
 
 @pytest.mark.slow
+def test_a_cluster_that_is_there_is_joined_and_left_as_it_was(here, tmp_path):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    joined = campaign(tmp_path, "ray", "iterations=1", "engine.placement=ray", f'engine.ray_address="{address}"')
+    calm = campaign(tmp_path, "calm", "iterations=1")
+    assert (joined.wait(), calm.wait()) == (0, 0), (tmp_path / "ray.log").read_text()
+    assert parquet(tmp_path / "ray") == parquet(tmp_path / "calm")
+    assert [node["Alive"] for node in ray.nodes()] == [True]
+
+
+@pytest.mark.slow
 def test_a_campaign_that_is_killed_takes_its_ray_and_its_replicas_with_it(tmp_path):
     killed = campaign(tmp_path, "ray", "engine.placement=ray", "iterations=3")
     try:
