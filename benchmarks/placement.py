@@ -85,6 +85,6 @@ def _replicas(model: Path, where: str, folder: Path) -> ScriptedReplicas:
 @contextmanager
 def _open(where: str, size: Size, folder: Path) -> Iterator[Engine]:
     threads = None if hardware.gpus() else 1
-    config = engine(max_sequences=size.at_once, kv_cache_gib=1.0, replicas=2, threads=threads, placement=where)
+    config = engine(max_sequences=size.at_once, kv_cache_gib=0.5, replicas=2, threads=threads, placement=where)
     with open_engine(config, small_model(), log=folder / f"{where}.log") as opened:
         yield opened

@@ -39,8 +39,13 @@ _AT_ONCE = 4
 _OBJECTS = 128 * 2**20
 """Bytes of Ray's own store there: frames are small."""
 _REACH_S, _CLOSE_S, _LISTEN_S = 5.0, 10.0, 5.0
-_OWN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Environment of a Ray of our own. The last one is how Ray is told to stay on loopback."""
+_OWN = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # how Ray is told to stay on loopback
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill an engine for memory that others on this machine use
+}
+"""Environment of a Ray of our own."""
 
 _lock = threading.Lock()
 _leave: contextlib.ExitStack | None = None
