@@ -61,7 +61,13 @@ _overbooked = 1
 def connect(address: str | None) -> None:
     """Connect this process to the cluster, once; it stays so until `leave`, or its end. Raises ConfigError."""
     global _leave, _whose, _overbooked
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "engine.placement=ray: expected the package ray, which is not installed. "
+            "Install it (`pip install -e '.[ray]'`), or set engine.placement=local."
+        ) from error
 
     with _lock:
         if ray.is_initialized():
