@@ -21,6 +21,7 @@ BENCHMARKS = {
     "sampling": "the loop's sampling and judging against one bare vllm.LLM",
     "evaluation": "a whole evaluation of one model against one bare vllm.LLM",
     "replicas": "two engines of one core each against one",
+    "placement": "two replicas as Ray actors against two child processes",
     "training": "SFT and DPO against TRL as it comes",
     "losses": "a step of each loss of a pair against one of plain DPO",
     "settings": "threads, batch and compilation of the engine: what `srlm doctor` chooses by",

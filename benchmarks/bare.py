@@ -59,7 +59,7 @@ class Bare:
         self.engine = VllmEngine(config, model, log=Path(os.devnull))
 
     def __enter__(self) -> Self:
-        (place,) = self.engine.places
+        (place,) = self.engine.site.places
         environment, start = {**os.environ, **self.engine.environment(place)}, self.engine.start(place)
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self._child = subprocess.Popen(

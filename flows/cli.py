@@ -100,22 +100,34 @@ def plan(
     sets: Sets = [],  # noqa: B006 - as in `run`
     model: ModelPath = None,
     prompts: PromptsFile = None,
-    gpus: Annotated[int, typer.Option(help="Plan for this many GPUs instead of this machine's cores.")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, help="Plan for this many GPUs instead of this machine's cores.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node: a replica lies on one.")] = 8,
+    sampling_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Tokens a second that one GPU generates, where it was measured.")
+    ] = None,
+    training_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Tokens a second that one GPU learns in SFT, where measured.")
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(min=1, help="Parameters of the model, such as 70e9, where its files are not here.")
+    ] = None,
     root: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Say what a campaign will cost: requests, tokens, memory, disk, hours, with the arithmetic. Loads nothing."""
-    from flows.looking import planned
+    from flows.looking import Cluster, planned
     from srlm_core.plan import as_dict
 
-    lines = planned(_load(recipe, size, sets, model, prompts), root, gpus)
+    machines = Cluster(gpus, gpus_per_node, sampling_rate, training_rate)
+    lines = planned(_load(recipe, size, sets, model, prompts), root, machines, int(parameters) if parameters else None)
     if as_json:
         typer.echo(json.dumps(as_dict(lines), indent=2))
         return
     for line in lines:
         number = f"{line.value:,.0f}" if line.value >= 100 else f"{line.value:.3g}"
         typer.echo(f"{line.what:<22}{number:>16} {line.unit:<10} {line.arithmetic}")
-    typer.echo("Hours rest on stated rates, not on a measurement of your model on your machine.")
+    if not (sampling_rate and training_rate):
+        typer.echo("Hours rest on stated rates, not on a measurement of your model on your machine.")
 
 
 @app.command()

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srlm_core import layout
 from srlm_core.config import DEMO_MODEL, EngineConfig, RunConfig
 from srlm_core.errors import ConfigError, StoreError
+from srlm_core.layout import Line
 from srlm_core.methods import METHODS, require_fit
-from srlm_core.plan import Line, of_this_machine, plan
+from srlm_core.plan import of_layout, of_this_machine, plan
 from srlm_core.seed_data import SeedData, load_seed
 
 DEMO_PARAMETERS, DEMO_BYTES = 134_515_008, 538_060_032
@@ -55,15 +57,29 @@ def simulated(flaws: Sequence[str], seeds: int, out: Path) -> tuple[Any, Path]:
     return simulation_report.Ends(rows), simulation_report.write(rows, seeds, out)
 
 
-def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
-    """Plan a campaign from its config and the model's files, loading nothing.
+class Cluster(NamedTuple):
+    """What `srlm plan` is told of the machines."""
+
+    gpus: int = 0
+    """0 = this machine's cores."""
+    per_node: int = 8
+    sampling_rate: float | None = None
+    """Tokens a second that one GPU generates, measured; null = a stated rate."""
+    training_rate: float | None = None
+    """Tokens a second that one GPU learns in SFT, measured."""
+
+
+def planned(config: RunConfig, root: Path, cluster: Cluster, parameters: int | None = None) -> list[Line]:
+    """Plan a campaign from its config and the model's files, or from how many parameters it has, loading nothing.
 
     Raises ConfigError for settings that the method cannot work with.
     """
     from srlm_core.engines import models
 
     require_fit(config)
-    if config.engine.kind == "scripted":
+    if parameters:
+        size = 2 * parameters
+    elif config.engine.kind == "scripted":
         parameters, size = 1, 1
     elif config.model.path == DEMO_MODEL:
         parameters, size = DEMO_PARAMETERS, DEMO_BYTES
@@ -79,8 +95,14 @@ def planned(config: RunConfig, root: Path, gpus: int) -> list[Line]:
         "evaluation": len(seed.evaluation),
         "heldout": sum(len(group["responses"]) for group in seed.heldout),
     }
-    machine = of_this_machine(os.cpu_count() or 1, gpus)
-    return plan(config, parameters, size, machine, rows, prompts_of(config, seed))
+    prompts = prompts_of(config, seed)
+    if not cluster.gpus:
+        return plan(config, parameters, size, of_this_machine(os.cpu_count() or 1), rows, prompts)
+    laid = layout.lay(config, cluster.gpus, cluster.per_node)
+    rates = cluster.sampling_rate, cluster.training_rate
+    machine = of_layout(laid, config.engine.tensor_parallel, parameters, *rates)
+    spelled = layout.lines(config, laid, cluster.gpus, parameters, size, prompts)
+    return plan(config, parameters, size, machine, rows, prompts) + spelled
 
 
 def seed_of(config: RunConfig) -> SeedData:

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from srlm_core import plan
 from srlm_core.config import EngineConfig, RunConfig
-from srlm_core.engines import hardware, models, open_engine, resolve_dtype, resolve_kind, scripted, training_job
+from srlm_core.engines import (
+    cluster,
+    machine_of,
+    models,
+    open_engine,
+    resolve_dtype,
+    resolve_kind,
+    scripted,
+    training_job,
+)
 from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingResult
 from srlm_core.errors import ConfigError
@@ -45,9 +54,12 @@ class Backend(NamedTuple):
 def resolve(config: RunConfig) -> RunConfig:
     """Replace `auto` by what this machine will use, so that fingerprints hold what really made the rows.
 
-    Raises ConfigError for settings that the method or the engine cannot work with.
+    Raises ConfigError for settings that the method or the engine cannot work with, and for a cluster that is not there
+    or is too small.
     """
     require_fit(config)
+    if config.engine.placement == "ray":
+        cluster.require(config.engine)
     kind = resolve_kind(config.engine)
     engine = config.engine.model_copy(update={"kind": kind})
     if kind != "scripted":
@@ -74,7 +86,9 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
             base=scripted_base,
             frozen=lambda name: _endpoint(name) or Model(name, Path(name), _scripted_digest(Path(name))),
             rewards=lambda name: Model(name, Path(name), _scripted_digest(Path(name))),
-            open=lambda asked: _ask_endpoint(config, asked, logs) or scripted.ScriptedEngine(config.engine, asked.path),
+            open=lambda asked: (
+                _ask_endpoint(config, asked, logs) or open_engine(config.engine, asked.path, log=_log(logs, asked))
+            ),
             train=scripted.train,
             digest=_scripted_digest,
         )
@@ -101,8 +115,9 @@ def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:
         )  # fmt: skip
 
     def busy(path: Path) -> float:
-        machine = plan.of_this_machine(len(hardware.cores()), len(hardware.gpus()))
-        return plan.sampling_seconds(config, models.describe(path).parameters, machine)
+        machine = machine_of(config.engine)
+        rates = plan.of_this_machine(machine.cores, machine.gpus)
+        return plan.sampling_seconds(config, models.describe(path).parameters, rates)
 
     rewards = partial(local, rewards=True)
     return Backend(base, frozen, rewards, open_model, training_job.train, partial(models.model_digest, cache=cache))

@@ -37,8 +37,13 @@ class EngineConfig(Settings):
     """Longest prompt plus response, tokens. Longer ones are dropped with a reason, never cut."""
     max_sequences: int | None = Field(default=None, ge=1)
     """Sequences decoded at once; null = 64 on a processor, 256 on a GPU (`srlm doctor` says why)."""
+    placement: Literal["local", "ray"] = "local"
+    """Where replicas run: `local` = on this machine; `ray` = on the nodes of a Ray cluster, which share its folders."""
+    ray_address: str | None = None
+    """Ray cluster, HOST:PORT of its head, or `auto` for the one that this machine belongs to; null = RAY_ADDRESS in the
+    environment, else a Ray of our own on this machine, which ends with us."""
     replicas: int = Field(default=1, ge=1)
-    """Engines of one model side by side on this machine, one per GPU (or tensor-parallel group)."""
+    """Engines of one model side by side, one per GPU (or tensor-parallel group)."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs that hold one replica."""
     gpu_memory: float = Field(default=0.9, gt=0, le=1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from srlm_core.config import RunConfig
 from srlm_core.errors import ConfigError
+from srlm_core.layout import Layout, Line
 from srlm_core.methods import METHODS, method_of, steps
 from srlm_core.methods.record import Asked, Training
 
@@ -23,15 +24,6 @@ ASSUMED_PAIRED = 0.6
 """Share of prompts that give a pair where a judge has to tell two responses apart."""
 
 
-class Line(NamedTuple):
-    """One quantity: what, how much, and the arithmetic behind it."""
-
-    what: str
-    value: float
-    unit: str
-    arithmetic: str
-
-
 class Hardware(NamedTuple):
     """Stated rates; measured ones of an earlier campaign are better."""
 
@@ -40,6 +32,9 @@ class Hardware(NamedTuple):
     """Useful floating-point operations per second of one device while decoding."""
     training_flops: float
     devices: int
+    """That sample."""
+    ranks: int | None = None
+    """Devices that train; null = all."""
 
 
 class Iteration(NamedTuple):
@@ -91,6 +86,22 @@ def of_this_machine(cores: int, gpus: int = 0) -> Hardware:
     if gpus:
         return Hardware(f"{gpus} GPU", 60e12, 150e12, gpus)
     return Hardware(f"{cores} CPU cores", 35e9 * cores, 50e9 * cores, 1)
+
+
+def of_layout(
+    laid: Layout, group: int, parameters: int, sampling_rate: float | None, training_rate: float | None
+) -> Hardware:
+    """State rates of a cluster whose replicas hold `group` GPUs each.
+
+    Measured ones take their place: tokens a second of one GPU, generated in a full batch, and learned by SFT.
+    """
+    stated, measured = of_this_machine(0, 1), bool(sampling_rate or training_rate)
+    return Hardware(
+        f"{laid.replicas * group} GPU, {laid.ranks} to train, {'measured' if measured else 'stated'} rates",
+        2 * parameters * sampling_rate if sampling_rate else stated.flops,
+        6 * parameters * training_rate if training_rate else stated.training_flops,
+        laid.replicas * group, laid.ranks,
+    )  # fmt: skip
 
 
 def plan(
@@ -222,7 +233,7 @@ def _costs(
     config: RunConfig, parameters: int, weights_bytes: int, hardware: Hardware, inference: float, sft: float, dpo: float
 ) -> list[Line]:
     speed = hardware.flops * hardware.devices / (2 * parameters)
-    training = (sft * 6 + dpo * 8) * parameters / (hardware.training_flops * hardware.devices)
+    training = (sft * 6 + dpo * 8) * parameters / (hardware.training_flops * (hardware.ranks or hardware.devices))
     kept = 4 if config.training.dpo.save_dtype == "float32" else 2
     saved = sum(Iteration.of(config, t, 0).trainings for t in range(1, config.iterations + 1)) + 2
     gib = 1024**3

@@ -15,6 +15,7 @@ SHARDS = ("engine.shard_rows",)
 
 NEUTRAL = (
     "recipe", "size", "iterations", "engine.max_sequences", "engine.replicas", "engine.tensor_parallel",
+    "engine.placement", "engine.ray_address",
     "engine.gpu_memory", "engine.kv_cache_gib", "engine.threads", "engine.compiled", "engine.api_key_env",
     "engine.max_in_flight", "engine.shards_in_flight", "gates", "tracking",
     "training.sft.micro_batch_size", "training.sft.checkpoint_every_s", "training.sft.gradient_checkpointing",

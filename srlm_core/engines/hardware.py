@@ -15,13 +15,33 @@ from typing import NamedTuple
 class Placement(NamedTuple):
     """Where one replica of an engine runs."""
 
-    cores: tuple[int, ...]
+    threads: int
+    cores: tuple[int, ...] = ()
+    """That its threads are bound to; none = wherever there is room."""
     gpus: tuple[str, ...] = ()
     """As CUDA_VISIBLE_DEVICES names them; none = all there are."""
+    on_gpu: bool = False
 
     def visible(self) -> dict[str, str]:
         """Return the environment that shows a process these GPUs alone."""
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+
+
+class Machine(NamedTuple):
+    """What settings are chosen by."""
+
+    cores: int
+    gpus: int
+    bfloat16: bool
+    """Whether its products are native."""
+    free_memory: int
+    """Bytes."""
+    why_not_vllm: str | None
+
+
+def here() -> Machine:
+    """Describe this machine."""
+    return Machine(len(cores()), len(gpus()), multiplies_bfloat16(), free_memory(), why_not_vllm())
 
 
 @cache
@@ -84,16 +104,16 @@ def free_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def openmp(cores: tuple[int, ...]) -> dict[str, str]:
-    """Return an environment that gives each of these processors one OpenMP thread.
+def openmp(place: Placement) -> dict[str, str]:
+    """Return an environment that gives each of a replica's processors one OpenMP thread.
 
     Intel's OpenMP, where its package is installed, lets waiting threads sleep after 5 ms. GNU's let them spin: on a
     machine that does anything else, a thread that is waited for then waits for one that is only waiting.
     """
-    threads = {"OMP_NUM_THREADS": str(len(cores))}
+    threads = {"OMP_NUM_THREADS": str(place.threads)}
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     if sys.platform == "linux" and platform.machine() == "x86_64" and library.exists():
-        bound = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+        bound = f"granularity=fine,explicit,proclist=[{','.join(map(str, place.cores))}]" if place.cores else "disabled"
         return threads | {"LD_PRELOAD": str(library), "KMP_AFFINITY": bound, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
     return threads | {"OMP_WAIT_POLICY": "PASSIVE"}
 

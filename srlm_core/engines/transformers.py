@@ -17,7 +17,7 @@ class TransformersEngine(LocalEngine):
         return place.visible() | {
             "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
-        } | hardware.openmp(place.cores)  # fmt: skip
+        } | hardware.openmp(place)  # fmt: skip
 
 
 class RewardEngine(TransformersEngine):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from srlm_core.config import EngineConfig
 from srlm_core.engines import hardware
+from srlm_core.engines.hardware import Machine
 
 _GIB = 2**30
 
@@ -26,30 +27,31 @@ COMPILING_PAYS_FROM_S = COMPILING_S / COMPILING_SAVES
 """Seconds of sampling from which compiling saves more than it costs."""
 
 
-def choices(config: EngineConfig, sampling_seconds: float | None = None) -> list[Choice]:
+def choices(
+    config: EngineConfig, sampling_seconds: float | None = None, machine: Machine | None = None
+) -> list[Choice]:
     """Return threads, batch, KV cache and compilation; what is set stays as it is.
 
-    `sampling_seconds` is how long one engine is expected to be busy; None where nobody knows.
+    `sampling_seconds` is how long one engine is expected to be busy; None where nobody knows. `machine` is where it
+    runs; None = here.
     """
-    on_gpu = bool(hardware.gpus())
+    machine = machine or hardware.here()
+    on_gpu = bool(machine.gpus)
     made = [_sequences(config, on_gpu), _compiled(config, on_gpu, sampling_seconds)]
-    return made if on_gpu else [_threads(config), *made, _kv_cache(config)]
+    return made if on_gpu else [_threads(config, machine), *made, _kv_cache(config, machine)]
 
 
-def tuned(config: EngineConfig, sampling_seconds: float | None = None) -> EngineConfig:
+def tuned(config: EngineConfig, sampling_seconds: float | None = None, machine: Machine | None = None) -> EngineConfig:
     """Fill in what the settings leave open."""
-    return config.model_copy(
-        update={
-            choice.setting: choice.value for choice in choices(config, sampling_seconds) if choice.value is not None
-        }
-    )
+    made = choices(config, sampling_seconds, machine)
+    return config.model_copy(update={choice.setting: choice.value for choice in made if choice.value is not None})
 
 
-def _threads(config: EngineConfig) -> Choice:
+def _threads(config: EngineConfig, machine: Machine) -> Choice:
     if config.threads:
         return Choice("threads", config.threads, "as set")
-    each = max(1, len(hardware.cores()) // config.replicas)
-    return Choice("threads", each, f"all {len(hardware.cores())} cores over {config.replicas} replica(s)")
+    each = max(1, machine.cores // config.replicas)
+    return Choice("threads", each, f"all {machine.cores} cores over {config.replicas} replica(s)")
 
 
 def _sequences(config: EngineConfig, on_gpu: bool) -> Choice:
@@ -73,9 +75,9 @@ def _compiled(config: EngineConfig, on_gpu: bool, sampling_seconds: float | None
     return Choice("compiled", long_enough, f"{rule}; expected are {sampling_seconds / 60:.1f}")
 
 
-def _kv_cache(config: EngineConfig) -> Choice:
+def _kv_cache(config: EngineConfig, machine: Machine) -> Choice:
     if config.kv_cache_gib:
         return Choice("kv_cache_gib", config.kv_cache_gib, "as set")
-    free = hardware.free_memory() / _GIB
+    free = machine.free_memory / _GIB
     room = min(8.0, free / 4) / config.replicas
     return Choice("kv_cache_gib", round(room, 2), f"a quarter of the {free:.0f} GiB free, at most 8, over the replicas")

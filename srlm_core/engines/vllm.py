@@ -28,11 +28,11 @@ class VllmEngine(LocalEngine):
             "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
             "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        if hardware.gpus():
+        if place.on_gpu:
             return quiet | place.visible() | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         # One process, not three: each that vLLM would spawn imports it anew, ten seconds on a small machine. It then
         # sets no OpenMP threads of its own, so we do.
-        return quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | hardware.openmp(place.cores)
+        return quiet | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | hardware.openmp(place)
 
 
 class VllmRunner:

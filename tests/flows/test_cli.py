@@ -119,6 +119,9 @@ def test_recipes_and_plan_say_what_there_is_and_what_it_costs() -> None:
     lines = {line["what"]: line["value"] for line in json.loads(srlm("plan", "demo", "--json"))}
     assert lines["responses"] == 200  # 2 iterations of 25 prompts, 4 each
     assert lines["hours of sampling"] > 0
+    words = ("--size", "paper", "--parameters", "70e9", "--gpus", 20, "--set", "engine.tensor_parallel=4")
+    told = {line["what"]: line["value"] for line in json.loads(srlm("plan", "self_rewarding", *words, "--json"))}
+    assert (told["nodes"], told["replicas"], told["training ranks"]) == (3, 5, 16)
 
 
 def test_doctor_says_what_was_chosen_and_why() -> None:
