@@ -474,6 +474,17 @@ class Checkpoints(TrainerCallback):
         self.report(event="saved", step=state.global_step)
 
 
+class Epochs(TrainerCallback):
+    """Tell the sampler which epoch begins: of several ranks that resume, the library's own word does not reach it."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler, self.steps = sampler, math.ceil(len(sampler) / sampler.batch_size)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from the steps that were taken."""
+        self.sampler.set_epoch(state.global_step // self.steps)
+
+
 class EarlyStop(TrainerCallback):
     """Stop after `patience` checks without a better one; reads the log, so a resumed run decides alike."""
 
@@ -806,6 +817,8 @@ def make_trainer(
     else:
         trainer = _online_trainer(job, job.settings, len(rows), words, given)
     trainer.sampler = StepSampler(lengths, job.settings.batch_size, job.seed, len(blanks))
+    if several:
+        trainer.add_callback(Epochs(trainer.sampler))
     if len(heldout) < len(checked):
         trainer.checked_share = len(heldout) / len(checked)
     trainer.remove_callback(transformers.PrinterCallback)
