@@ -70,7 +70,25 @@ def resolve(config: RunConfig) -> RunConfig:
             "got 'openai': an endpoint cannot be trained. Name it as a judge instead, e.g. "
             "evaluation.judge='model@http://127.0.0.1:8000/v1'."
         )
+    if kind != "scripted":
+        _require_gpus(config)
     return config.model_copy(update={"engine": engine})
+
+
+def _require_gpus(config: RunConfig) -> None:
+    """Refuse more ranks than this machine has GPUs, if it has any, and splitting models where there is none."""
+    how, gpus = config.training, len(hardware.gpus())
+    if how.launcher != "torchrun":
+        return
+    if 0 < gpus < how.ranks:
+        raise ConfigError(
+            f"training.ranks={how.ranks}: expected a GPU of this machine for each, got {gpus}. Set "
+            f"training.ranks={gpus}, or training.launcher=ray for several machines."
+        )
+    if how.fsdp != "off" and not gpus:
+        raise ConfigError(
+            f"training.fsdp={how.fsdp}: expected GPUs to split a model over, got none. Set training.fsdp=off."
+        )
 
 
 def make_backend(config: RunConfig, *, cache: Path, logs: Path) -> Backend:

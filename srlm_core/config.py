@@ -545,10 +545,32 @@ class DpoConfig(OptimizerConfig):
 class TrainingConfig(Settings):
     """SFT at the start, DPO in each iteration; where the method has them, a reward model and a policy gradient."""
 
+    launcher: Literal["single", "torchrun", "ray"] = "single"
+    """Who starts the processes that train a model. `single`: one process. `torchrun`: PyTorch's elastic agent, several
+    on this machine. `ray`: Ray Train, on the machines of the Ray cluster that RAY_ADDRESS names (not set: on this one),
+    which share the campaign's folder."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that train one model together, each on a GPU of its own, or on its share of the cores where there is no
+    GPU. They share each step's `batch_size` rows: what a step sees and what its loss is does not change, only how sums
+    are rounded."""
+    fsdp: Literal["off", "full_shard", "shard_grad_op"] = "off"
+    """What ranks on GPUs split between them (FSDP2): `off` nothing, each holds the whole model (DDP); `shard_grad_op`
+    gradients and optimizer state; `full_shard` the weights, too. Not tried yet. While it loads, each rank holds a whole
+    copy in the machine's memory."""
     sft: SftConfig = SftConfig()
     dpo: DpoConfig = DpoConfig()
     reward: RewardConfig = RewardConfig()
     online: OnlineConfig = OnlineConfig()
+
+    @model_validator(mode="after")
+    def _several_ranks_are_launched(self) -> "TrainingConfig":
+        for name, value, alone in (("ranks", self.ranks, 1), ("fsdp", self.fsdp, "off")):
+            if self.launcher == "single" and value != alone:
+                raise ValueError(
+                    f"training.{name}={value} is for several processes, and training.launcher=single starts one. Set "
+                    f"training.launcher=torchrun or ray, or training.{name}={alone}."
+                )
+        return self
 
 
 class SuitesConfig(Settings):

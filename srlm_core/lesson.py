@@ -156,6 +156,9 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
         seed=run.config.seed,
         trust_remote_code=run.config.model.trust_remote_code,
         threads=run.config.engine.threads,
+        launcher=run.config.training.launcher,
+        ranks=run.config.training.ranks,
+        fsdp=run.config.training.fsdp,
     )
     shutil.rmtree(job.output, ignore_errors=True)
     attempts = len(list(run.campaign.logs.glob(f"training_{lesson.name}_*.log")))

@@ -18,6 +18,7 @@ NEUTRAL = (
     "engine.placement", "engine.ray_address",
     "engine.gpu_memory", "engine.kv_cache_gib", "engine.threads", "engine.compiled", "engine.api_key_env",
     "engine.max_in_flight", "engine.shards_in_flight", "gates", "tracking",
+    "training.launcher", "training.ranks", "training.fsdp",
     "training.sft.micro_batch_size", "training.sft.checkpoint_every_s", "training.sft.gradient_checkpointing",
     "training.dpo.micro_batch_size", "training.dpo.checkpoint_every_s", "training.dpo.gradient_checkpointing",
     "training.reward.micro_batch_size", "training.reward.checkpoint_every_s", "training.reward.gradient_checkpointing",

@@ -14,6 +14,7 @@ import runpy
 import select
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
-_PARENT, _CHANNEL = "SRLM_PARENT_PID", "SRLM_CHANNEL_FD"
+PARENT, _CHANNEL = "SRLMPARENT_PID", "SRLM_CHANNEL_FD"
 _LAST_LINES, _LAST_BYTES = 20, 16_384
 _NOISE = re.compile(r"^\s*$|^\s*\^+\s*$|Loading safetensors|FutureWarning|resource_tracker|warnings\.warn\(")
 _HEADER = struct.Struct("!I")
@@ -79,7 +80,7 @@ class Child:
             Path(__file__).parents[2]
         )  # our package must be importable even where the parent only has it on sys.path
         surroundings = os.environ | dict(env or {}) | {
-            _PARENT: str(os.getpid()),
+            PARENT: str(os.getpid()),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         if theirs is not None:
@@ -148,20 +149,23 @@ def channel_to_parent() -> Channel:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Kill our whole session once the parent is gone. For the leader of a session whose stdin is the parent's pipe."""
+    """Kill our whole session once the parent is gone. For the leader of a session whose stdin is the parent's pipe.
+
+    Where another library starts the process and stdin is no pipe, the parent's pid is all there is to watch.
+    """
     if os.getsid(0) != os.getpid():
         return  # started by hand: the session is somebody else's
-    lifeline = os.dup(0)
+    lifeline = os.dup(0) if stat.S_ISFIFO(os.fstat(0).st_mode) else None
     with Path(os.devnull).open("rb") as nothing:  # code that reads stdin must not eat the lifeline
         os.dup2(nothing.fileno(), 0)
     threading.Thread(target=_watch, args=(lifeline, parent), daemon=True, name="lifeline").start()
 
 
-def _watch(lifeline: int, parent: int | None) -> NoReturn:
+def _watch(lifeline: int | None, parent: int | None) -> NoReturn:
     # The pid is asked too: a process forked off the parent may hold a copy of the pipe's write end
     while parent is None or os.getppid() == parent:
-        readable, _, _ = select.select([lifeline], [], [], 1.0)
-        if readable and not os.read(lifeline, 4096):
+        readable, _, _ = select.select([] if lifeline is None else [lifeline], [], [], 1.0)
+        if lifeline in readable and not os.read(lifeline, 4096):
             break
     os.killpg(0, signal.SIGKILL)
     time.sleep(60)  # the signal is on its way
@@ -170,7 +174,7 @@ def _watch(lifeline: int, parent: int | None) -> NoReturn:
 
 def main() -> None:
     """Run the module named on the command line as `__main__`, under the watch."""
-    parent = os.environ.pop(_PARENT, None)
+    parent = os.environ.pop(PARENT, None)
     end_with_parent(int(parent) if parent else None)
     if len(sys.argv) < 2:
         sys.exit("usage: python -m srlm_core.engines.child MODULE ARGS…")

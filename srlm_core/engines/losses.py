@@ -60,7 +60,7 @@ def nll(logprob: Tensor, n_tokens: Tensor) -> Tensor:
 
     TRL's `sft` loss pools the tokens of the batch instead, where a long response counts for more than a short one.
     """
-    return -logprob / n_tokens
+    return -logprob / n_tokens.clamp(min=1)  # no tokens: a blank row, of log-probability 0
 
 
 class Verdicts(NamedTuple):

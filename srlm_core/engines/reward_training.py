@@ -69,18 +69,24 @@ class _OfRanks(RewardTrainer):
         outputs = model(**given, use_cache=False)
         rewards = outputs.logits[:, 0].float().split(inputs["sizes"])
         ranked = list(zip(rewards, inputs["ranks"].split(inputs["sizes"]), strict=True))
-        how = {"margin": self.settings.margin, "centre": self.settings.centre}
-        loss = torch.stack([losses.ranking(*row, **how) for row in ranked]).mean()
+        loss = torch.stack([self._of_row(*row) for row in ranked]).mean()
         seen = torch.stack([_seen(*row) for row in ranked])
         told: Any = self.accelerator.gather(seen.mean(dim=0)[None])
         for name, value in zip(("accuracy", "margin", "mean_reward"), told.mean(dim=0).tolist(), strict=True):
             self._metrics["train" if model.training else "eval"][name].append(value)
         return (loss, outputs) if return_outputs else loss
 
+    def _of_row(self, rewards: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+        if len(rewards) == 1:  # a blank row
+            return 0 * rewards.sum()
+        return losses.ranking(rewards, ranks, margin=self.settings.margin, centre=self.settings.centre)
+
 
 def _seen(rewards: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
     """Return the share of a row's pairs that are in their order, the mean lead of the better one, and mean reward."""
     rewards = rewards.detach()
+    if len(rewards) == 1:
+        return rewards.new_zeros(3)
     better, worse = torch.nonzero(ranks[:, None] < ranks[None, :], as_tuple=True)
     lead = rewards[better] - rewards[worse]
     return torch.stack([(lead > 0).float().mean(), lead.mean(), rewards.mean()])
@@ -97,6 +103,9 @@ class Reward(ByRow, _OfRanks):
 
     def n_rows(self, batch: Any) -> int:
         return len(batch["sizes"])
+
+    def n_told(self, batch: Any) -> int:
+        return sum(size > 1 for size in batch["sizes"])  # a blank row is one text, a ranking more
 
 
 def _collate(pad: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

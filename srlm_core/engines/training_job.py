@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, Settings, SftConfig
+from srlm_core.config import DpoConfig, OnlineConfig, OptimizerConfig, RewardConfig, Settings, SftConfig
 from srlm_core.engines.child import Child
 from srlm_core.errors import TrainingFailed
 
@@ -59,7 +59,11 @@ class TrainingJob(Settings):
     seed: int = 0
     trust_remote_code: bool = False
     threads: int | None = Field(None, ge=1)
-    """CPU threads; null = all cores."""
+    """CPU threads of one rank; null = all cores, divided by the ranks of a machine."""
+    launcher: Literal["single", "torchrun", "ray"] = "single"
+    ranks: int = Field(default=1, ge=1)
+    fsdp: Literal["off", "full_shard", "shard_grad_op"] = "off"
+    """Who trains together, as in config.TrainingConfig."""
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> Self:
@@ -72,6 +76,43 @@ class TrainingJob(Settings):
         if isinstance(self.settings, DpoConfig) and not self.settings.labelled and self.heldout is not None:
             raise ValueError(f"heldout rows check by which response is better, and loss={self.settings.loss} has none.")
         return self
+
+    @property
+    def said(self) -> Path:
+        """Where the first of several ranks writes its events, a line of JSON each; launch.py reads them there."""
+        return self.work_dir / "progress.jsonl"
+
+
+def split(settings: OptimizerConfig, ranks: int) -> tuple[int, int]:
+    """Split a step: rows of one forward pass of one rank, and passes that a rank accumulates."""
+    rows = _rows_of_a_step(settings)
+    micro = min(settings.micro_batch_size, max(1, rows // ranks))
+    return micro, rows // (micro * ranks)
+
+
+def _rows_of_a_step(settings: OptimizerConfig) -> int:
+    return settings.batch_size * (settings.n if isinstance(settings, OnlineConfig) else 1)
+
+
+def refuses(kind: str, settings: OptimizerConfig, ranks: int, fsdp: str) -> str | None:
+    """Say why so many ranks cannot train by these settings; None where they can."""
+    rows, (micro, passes) = _rows_of_a_step(settings), split(settings, ranks)
+    if rows != micro * passes * ranks:
+        return (
+            f"training.{kind}: expected batch_size to be a multiple of micro_batch_size x training.ranks, got "
+            f"{rows} and {micro} x {ranks}. Change batch_size, micro_batch_size or training.ranks."
+        )
+    if kind == "online" and ranks > 1:
+        return (
+            f"training.ranks={ranks}: what is sampled while training would depend on the number of ranks, so kind "
+            "online trains with one. Set training.ranks=1."
+        )
+    if fsdp != "off" and (settings.lora_rank or getattr(settings, "loss", None) == "scir"):
+        return (
+            f"training.fsdp={fsdp} splits whole weights, and DPO's losses alone: it does not go with "
+            f"training.{kind}.lora_rank={settings.lora_rank} or loss=scir. Set training.fsdp=off, or change those."
+        )
+    return None
 
 
 class DroppedRow(NamedTuple):
@@ -98,7 +139,7 @@ class TrainingResult(Settings):
     """Wall time of the process that finished the run, start-up and final save included."""
     resumed_from_step: int | None
     memory_mib: float
-    """Most memory the process held."""
+    """Most memory the process held; of several ranks the one that held most, here and on a GPU."""
     gpu_memory_mib: float | None
     best_step: int
     """Step whose weights were saved: the last one without a held-out check."""
@@ -109,7 +150,7 @@ class TrainingResult(Settings):
 
 
 def train(job: TrainingJob, *, log: Path, on_progress: Callable[[Progress], None] | None = None) -> TrainingResult:
-    """Train in a child process and return when job.output exists.
+    """Train in a child process, or in the several that it starts, and return when job.output exists.
 
     `log` receives what the child and its libraries say. Raises TrainingFailed, with the child's own words, when no
     model came of it. The child ends with this process, however this process ends.
@@ -119,7 +160,8 @@ def train(job: TrainingJob, *, log: Path, on_progress: Callable[[Progress], None
     job_file.write_text(job.model_dump_json(indent=2))
     env = {name: value for name, value in _SURROUNDINGS.items() if name not in os.environ}
     step = 0
-    with Child("srlm_core.engines.trl", [str(job_file)], log=log, env=env, channel=True) as child:
+    module = f"srlm_core.engines.{'trl' if job.launcher == 'single' else 'launch'}"
+    with Child(module, [str(job_file)], log=log, env=env, channel=True) as child:
         for event in map(json.loads, child.channel or ()):
             if event["event"] == "done":
                 child.wait(_GRACE_S)

@@ -27,7 +27,7 @@ from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, SftConfig
 from srlm_core.engines import hardware
 from srlm_core.engines.child import channel_to_parent
 from srlm_core.engines.rendering import Asked, Renderer
-from srlm_core.engines.training_job import DroppedRow, TrainingJob, TrainingResult
+from srlm_core.engines.training_job import DroppedRow, TrainingJob, TrainingResult, refuses, split
 from srlm_core.errors import SrlmError, TrainingFailed
 
 os.environ.update(
@@ -56,9 +56,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from srlm_core.engines import losses
+from srlm_core.engines import losses, ranks
 from srlm_core.engines.packed import pack
-from srlm_core.engines.trainers import ByRow, Ours, StepSampler
+from srlm_core.engines.trainers import BLANK, ByRow, Ours, StepSampler
 
 # TRL projects onto the vocabulary only the positions that have a loss, but on CPU all of them. Same numbers, less work.
 trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
@@ -237,6 +237,27 @@ def as_dataset(rows: Sequence[Tokenized], kind: str) -> Dataset:
 class _Sft(Ours, SFTTrainer):
     """SFTTrainer on rows that are tokenized already."""
 
+    def n_rows(self, batch: Any) -> int:
+        return len(batch["labels"])
+
+    def n_told(self, batch: Any) -> int:
+        return int((batch["labels"] != -100).any(dim=1).sum())
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss: the mean over the step's tokens of all ranks, and of held-out rows over each batch's."""
+        if self.accelerator.num_processes == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        n_rows, n_told, (rows, told) = self.n_rows(inputs), self.n_told(inputs), self.of_all_ranks(inputs)
+        checks = not self.model.training
+        loss = super().compute_loss(model, inputs, return_outputs, None if checks else num_items_in_batch)
+        self.leave_out_tokens((rows - told) * BLANK)
+        if not told:  # nothing but blank rows: nothing to take the mean of
+            for name in ("entropy", "mean_token_accuracy"):
+                self._metrics[self.mode][name].pop()
+        return loss * n_told / n_rows / self.checked_share if checks else loss
+
 
 class _Dpo(ByRow, DPOTrainer):
     """DPOTrainer on rows that are tokenized already.
@@ -255,29 +276,44 @@ class _Dpo(ByRow, DPOTrainer):
             self.loss_weights = [0.0]  # of TRL's loss the auxiliary one of experts stays, where a model has them
             self.data_collator = _with_numbers(self.data_collator, self.beside)
 
+    texts_per_row = 2
+
     def n_rows(self, batch: Any) -> int:
         return batch["input_ids"].shape[0] // 2
 
+    def n_told(self, batch: Any) -> int:
+        return int(batch["completion_mask"].any(dim=1).sum()) // 2
+
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Score each pair once under the reference, into a file that survives us: the reference never changes."""
-        path = self.folder / f"reference_{name}.jsonl"
-        known = {entry["row"]: entry for entry in _read_lines(path)}
-        length = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
-        todo = sorted((i for i in range(len(dataset)) if i not in known), key=lambda i: -length[i])
+        path, n, rank = self.folder / f"reference_{name}.jsonl", *self._of_ranks()
+        known = {entry["row"]: entry for entry in ranks.from_first(n, lambda: _read_lines(path))}
+        said = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+        length = [len(row["prompt_ids"]) + most for row, most in zip(dataset, said, strict=True)]
+        rows = [i for i in range(len(dataset)) if said[i]]
+        todo = sorted((i for i in rows if i not in known), key=lambda i: -length[i])
         model = (self.ref_model or self.model).eval()
-        with path.open("a") as file:
-            for start in range(0, len(todo), batch_size):
-                rows = todo[start : start + batch_size]
-                batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
-                scores = zip(rows, *(logps.tolist() for logps in self.compute_ref_log_probs(model, batch)), strict=True)
-                entries = [{"row": row, "chosen": chosen, "rejected": rejected} for row, chosen, rejected in scores]
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
-                file.flush()
-                known |= {entry["row"]: entry for entry in entries}
-                self.report(event="reference", done=len(known), total=len(dataset))
+        for start in range(0, len(todo), n * batch_size):
+            # a rank for which nothing is left scores what another does: the passes of a split model are common
+            mine = todo[start + rank * batch_size :][:batch_size] or todo[start : start + 1]
+            batch = self._prepare_inputs(self.data_collator([dataset[i] for i in mine]))
+            scores = zip(mine, *(logps.tolist() for logps in self.compute_ref_log_probs(model, batch)), strict=True)
+            found = [{"row": row, "chosen": chosen, "rejected": rejected} for row, chosen, rejected in scores]
+            entries = {entry["row"]: entry for part in reversed(ranks.from_all(n, found)) for entry in part}
+            if rank == 0:
+                with path.open("a") as file:
+                    file.writelines(json.dumps(entry) + "\n" for entry in entries.values())
+            known |= entries
+            self.report(event="reference", done=len(known), total=len(rows))
         for role in ("chosen", "rejected"):
-            dataset = dataset.add_column(f"ref_{role}_logps", [known[i][role] for i in range(len(dataset))])
+            dataset = dataset.add_column(
+                f"ref_{role}_logps", [known[i][role] if said[i] else 0.0 for i in range(len(said))]
+            )
         return dataset
+
+    def _of_ranks(self) -> tuple[int, int]:
+        """Return how many ranks there are, and which this is."""
+        return self.accelerator.num_processes, self.accelerator.process_index
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """Let TRL pass the batch through the model and keep its metrics; put our loss in the place of its own."""
@@ -324,7 +360,8 @@ class _Scir(_Dpo):
             ratios, self._verdicts(model, given), how, beta=self.settings.beta,
             warming_up=self.state.global_step < how.warmup * self.state.max_steps,
         )  # fmt: skip
-        means = self.accelerator.gather(torch.stack(list(seen.values()))[None].mean(dim=-1)).mean(dim=0)
+        told = texts["completion_mask"].any(dim=1).chunk(2)[0]
+        means = self.accelerator.gather((torch.stack(list(seen.values())) * told)[None].mean(dim=-1)).mean(dim=0)
         for name, value in zip(seen, means.tolist(), strict=True):
             self._metrics[self.mode][f"scir/{name}"].append(value)
         return given["weight"] * rows
@@ -393,9 +430,11 @@ def is_plain(settings: DpoConfig, rows: Iterable[Tokenized]) -> bool:
 
 
 class Report:
-    """Tell the parent what happens; without a parent, as when run by hand, nobody."""
+    """Tell the parent what happens; without a parent, as when run by hand, nobody. Of ranks the first speaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: TrainingJob | None = None) -> None:
+        """Take the job of several ranks, which have a file to speak through."""
+        self._file = job.said if job is not None and job.launcher != "single" and ranks.first() else None
         try:
             self._channel = channel_to_parent()
         except KeyError:
@@ -404,6 +443,9 @@ class Report:
     def __call__(self, **event: Any) -> None:
         if self._channel is not None:
             self._channel.send(json.dumps(event).encode())
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps(event) + "\n")
 
 
 class Checkpoints(TrainerCallback):
@@ -411,21 +453,36 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, job: TrainingJob, report: Report) -> None:
         self.settings, self.heldout, self.report = job.settings, job.heldout is not None, report
-        self.saved_at = time.monotonic()
+        self.ranks, self.saved_at = job.ranks, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint, and for a check where one is due."""
+        """Ask for a checkpoint, and for a check where one is due; ranks save together, by the first one's clock."""
         due = state.global_step % self.settings.checkpoint_steps == 0
         ends = state.global_step >= state.max_steps
+        late = ranks.from_first(self.ranks, self._is_late)
         if self.heldout and (due or ends):
             control.should_evaluate = control.should_save = True
-        elif not ends and (due or time.monotonic() - self.saved_at >= self.settings.checkpoint_every_s):
+        elif not ends and (due or late):
             control.should_save = True
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.saved_at >= self.settings.checkpoint_every_s
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the seconds from here, so that slow disks do not save all the time."""
         self.saved_at = time.monotonic()
         self.report(event="saved", step=state.global_step)
+
+
+class Epochs(TrainerCallback):
+    """Tell the sampler which epoch begins: of several ranks that resume, the library's own word does not reach it."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler, self.steps = sampler, math.ceil(len(sampler) / sampler.batch_size)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from the steps that were taken."""
+        self.sampler.set_epoch(state.global_step // self.steps)
 
 
 class EarlyStop(TrainerCallback):
@@ -454,7 +511,8 @@ class Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Rewrite the file from the checkpoint's history: steps after it will be taken again."""
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in steps_of(state)))
+        if ranks.first():
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in steps_of(state)))
         self.before = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -462,8 +520,9 @@ class Log(TrainerCallback):
         row = state.log_history[-1]
         if not _is_step(row):
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if ranks.first():
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         metric = _CHECKS[self.job.kind][0]
         if metric in row:
             self.report(event="evaluated", step=row["step"], metric=metric, value=row[metric])
@@ -497,35 +556,47 @@ def steps_of(state: TrainerState) -> list[dict[str, Any]]:
 
 def run(job: TrainingJob, report: Report) -> TrainingResult:
     """Train the job's model and put it in its place."""
+    if refused := refuses(job.kind, job.settings, job.ranks, job.fsdp):
+        raise TrainingFailed(refused)
     started = time.monotonic()
-    finished = claim(job)
+    ranks.meet(job.ranks)
+    finished = ranks.from_first(job.ranks, lambda: claim(job))
     if finished is not None:
         return finished
     look_for_models(job)
-    torch.set_num_threads(job.threads or len(hardware.cores()))
+    torch.set_num_threads(job.threads or max(1, len(hardware.cores()) // ranks.here()))
     tokenizer = AutoTokenizer.from_pretrained(job.init_from, trust_remote_code=job.trust_remote_code)
     rows, heldout, dropped = load_rows(job, tokenizer, report)
-    checkpoint = last_checkpoint(job.work_dir / "checkpoints")
+    checkpoint = ranks.from_first(job.ranks, lambda: last_checkpoint(job.work_dir / "checkpoints"))
     trainer = make_trainer(job, rows, heldout, tokenizer, report)
     resumed = None if checkpoint is None else int(checkpoint.name.split("-")[-1])
     if resumed is not None:
         report(event="resumed", step=resumed)
     fit(trainer, job, checkpoint)
     save(trainer, job)
-    state, on_gpu = trainer.state, torch.cuda.is_available()
+    state, held = trainer.state, ranks.from_all(job.ranks, memory())
     result = TrainingResult(
         log=tuple(steps_of(state)), steps=state.global_step, epochs=state.epoch or 0.0,
         n_rows=len(rows), n_heldout=len(heldout), dropped=tuple(dropped),
         seconds=round(time.monotonic() - started, 2), resumed_from_step=resumed,
-        memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        gpu_memory_mib=round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
+        memory_mib=max(here for here, _ in held),
+        gpu_memory_mib=max((gpu for _, gpu in held if gpu is not None), default=None),
         best_step=(state.best_global_step if heldout else None) or state.global_step,
         generated_tokens=_generated(job, steps_of(state)),
         precision="bfloat16" if trainer.args.bf16 else "float32",
     )  # fmt: skip
-    (job.work_dir / "result.json").write_text(result.model_dump_json(indent=2))
-    shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
+    if ranks.first():
+        (job.work_dir / "result.json").write_text(result.model_dump_json(indent=2))
+        shutil.rmtree(job.work_dir / "checkpoints", ignore_errors=True)
+    ranks.leave(job.ranks)
     return result
+
+
+def memory() -> tuple[float, float | None]:
+    """Return the most memory that this process held, MiB, and that it held on its GPU; None without one."""
+    on_gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return round(held, 1), None if on_gpu is None else round(on_gpu, 1)
 
 
 def _generated(job: TrainingJob, log: Sequence[dict[str, Any]]) -> int:
@@ -559,8 +630,13 @@ def claim(job: TrainingJob) -> TrainingResult | None:
 
 
 def fingerprint(job: TrainingJob) -> str:
-    """Digest of what decides the weights: the job without its paths of work, and what the rows say."""
-    said = job.model_dump(mode="json", exclude={"rows", "heldout", "output", "work_dir", "threads"})
+    """Digest of what decides the weights: the job without its paths of work, and what the rows say.
+
+    Not who trains together: a run goes on from its checkpoint with another number of ranks. But what FSDP writes, it
+    alone reads.
+    """
+    left_out = {"rows", "heldout", "output", "work_dir", "threads", "launcher", "ranks"}
+    said = job.model_dump(mode="json", exclude=left_out | ({"fsdp"} if job.fsdp == "off" else set()))
     said["settings"].pop("checkpoint_every_s")
     said["texts"] = [read_rows(path, job.kind) for path in (job.rows, job.heldout) if path is not None]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -669,23 +745,10 @@ def use_bfloat16(precision: str) -> bool:
     return hardware.multiplies_bfloat16() if precision == "auto" else precision == "bfloat16"
 
 
-def micro_batches(job: TrainingJob) -> tuple[int, int]:
-    """Split a step over devices and forward passes: rows of one pass, passes a device accumulates."""
-    devices, settings = int(os.environ.get("WORLD_SIZE", "1")), job.settings
-    step = settings.batch_size * (settings.n if isinstance(settings, OnlineConfig) else 1)
-    micro = min(settings.micro_batch_size, max(1, step // devices))
-    if step % (micro * devices):
-        raise TrainingFailed(
-            f"training ({job.kind}): expected batch_size to be a multiple of micro_batch_size x devices, got "
-            f"{step} and {micro} x {devices}. Change batch_size or micro_batch_size."
-        )
-    return micro, step // (micro * devices)
-
-
 def arguments(job: TrainingJob, heldout: bool) -> dict[str, Any]:
     """The settings, in the Trainer's words."""
     settings = job.settings
-    micro, accumulation = micro_batches(job)
+    micro, accumulation = split(settings, job.ranks)
     metric, more_is_better = _CHECKS[job.kind]
     choose = {
         "eval_strategy": "steps", "eval_steps": settings.checkpoint_steps, "save_strategy": "steps",
@@ -704,28 +767,60 @@ def arguments(job: TrainingJob, heldout: bool) -> dict[str, Any]:
         "bf16": use_bfloat16(settings.precision), "use_cpu": not torch.cuda.is_available(), "max_length": None,
         "logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none", "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(), "prediction_loss_only": True,
+    } | split_models(job)  # fmt: skip
+
+
+def split_models(job: TrainingJob) -> dict[str, Any]:
+    """What ranks split, in the Trainer's words. Not tried on GPUs yet: FSDP2 as transformers and accelerate say."""
+    if job.fsdp == "off":
+        # every weight has a gradient in every pass: there is nothing to look for
+        return {"ddp_find_unused_parameters": False} if job.ranks > 1 else {}
+    recompute = job.settings.gradient_checkpointing  # FSDP does this itself
+    how = {"version": 2, "reshard_after_forward": job.fsdp == "full_shard", "state_dict_type": "SHARDED_STATE_DICT"}
+    return {
+        "fsdp": True, "fsdp_config": how | {"activation_checkpointing": recompute},
+        "gradient_checkpointing": False, "gradient_checkpointing_kwargs": None,
     }  # fmt: skip
+
+
+def blank_rows(rows: Sequence[Tokenized], multiple: int) -> list[Tokenized]:
+    """Rows that say nothing, as many as are missing to a multiple (trainers.Ours)."""
+    seen = rows[0]
+    numbers: dict[str, float | None] = dict.fromkeys(seen.numbers, 0.0)  # the weight with them
+    nothing = tuple([] for _ in seen.completions)
+    blank = seen._replace(id="", prompt=seen.prompt[:1] * BLANK, completions=nothing, numbers=numbers)
+    if seen.ranks:  # a reward model is shown one text, which is no better than any other
+        blank = blank._replace(completions=(seen.completions[0][:BLANK],), ranks=(0,))
+    return [blank] * (-len(rows) % multiple)
 
 
 def make_trainer(
     job: TrainingJob, rows: list[Tokenized], heldout: list[Tokenized], tokenizer: Any, report: Report
 ) -> Any:
     """Put model, rows and settings into TRL's trainer."""
+    several, micro = job.ranks > 1, split(job.settings, job.ranks)[0]
+    blanks = blank_rows(rows, job.settings.batch_size) if several else []
+    checked = [*heldout, *(blank_rows(heldout, micro * job.ranks) if several and heldout else [])]
+    lengths, rows = [row.n_tokens for row in rows], [*rows, *blanks]
     given: dict[str, Any] = {
         "processing_class": tokenizer, "peft_config": lora(job), "train_dataset": as_dataset(rows, job.kind),
-        "eval_dataset": as_dataset(heldout, job.kind) if heldout else None,
+        "eval_dataset": as_dataset(checked, job.kind) if checked else None,
         "callbacks": [Log(job, report), Checkpoints(job, report), *([EarlyStop(job)] if heldout else [])],
     }  # fmt: skip
     words = arguments(job, bool(heldout))
     if isinstance(job.settings, SftConfig):
         trainer: Any = _Sft(model=load_model(job.init_from, job), args=SFTConfig(**words), **given)
     elif isinstance(job.settings, DpoConfig):
-        trainer = _preference_trainer(job, is_plain(job.settings, [*rows, *heldout]), words, given, report)
+        trainer = _preference_trainer(job, is_plain(job.settings, [*rows, *checked]), words, given, report)
     elif isinstance(job.settings, RewardConfig):
         trainer = _reward_trainer(job, job.settings, words, given)
     else:
         trainer = _online_trainer(job, job.settings, len(rows), words, given)
-    trainer.sampler = StepSampler([row.n_tokens for row in rows], job.settings.batch_size, job.seed)
+    trainer.sampler = StepSampler(lengths, job.settings.batch_size, job.seed, len(blanks))
+    if several:
+        trainer.add_callback(Epochs(trainer.sampler))
+    if len(heldout) < len(checked):
+        trainer.checked_share = len(heldout) / len(checked)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -736,7 +831,7 @@ def _preference_trainer(
     assert isinstance(job.settings, DpoConfig)
     reference = job.reference or job.init_from
     is_itself = reference.resolve() == job.init_from.resolve()
-    words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * micro_batches(job)[0]}
+    words |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2 * split(job.settings, job.ranks)[0]}
     words |= {"remove_unused_columns": False}  # every column of ours is there to be used
     return (_Dpo if job.settings.labelled else _Scir)(
         model=load_model(job.init_from, job), args=DPOConfig(beta=job.settings.beta, **words),
@@ -748,12 +843,17 @@ def _preference_trainer(
 def _reward_trainer(job: TrainingJob, settings: RewardConfig, words: dict[str, Any], given: dict[str, Any]) -> Any:
     from srlm_core.engines import reward_training
 
+    words |= {"remove_unused_columns": False}
+    return reward_training.Reward(model=_reward_model(job), settings=settings, words=words, **given)
+
+
+def _reward_model(job: TrainingJob) -> Any:
+    from srlm_core.engines import reward_training
+
     renderer = Renderer(job.init_from, trust_remote_code=job.trust_remote_code)
-    model = reward_training.load(
+    return reward_training.load(
         job.init_from, renderer, seed=job.seed, trust_remote_code=job.trust_remote_code, packed=packs(job)
     )
-    words |= {"remove_unused_columns": False}
-    return reward_training.Reward(model=model, settings=settings, words=words, **given)
 
 
 def _online_trainer(
@@ -795,6 +895,9 @@ def fit(trainer: Any, job: TrainingJob, checkpoint: Path | None) -> None:
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if job.heldout is not None and EarlyStop(job).is_over(state):
         # Killed between the check that ended training and the final save: a step more would be one too many
+        if job.fsdp != "off":  # only training puts split weights together: come to that check once more
+            fit(trainer, job, ranks.from_first(job.ranks, lambda: _without(checkpoint)))
+            return
         trainer.state = state
         trainer._load_best_model()
         return
@@ -802,9 +905,29 @@ def fit(trainer: Any, job: TrainingJob, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def _without(checkpoint: Path) -> Path | None:
+    """Remove a checkpoint, and return the one before it."""
+    shutil.rmtree(checkpoint)
+    return last_checkpoint(checkpoint.parent)
+
+
+def whole(trainer: Any, job: TrainingJob) -> Any:
+    """Return the trained model, in one piece on the first rank; all ranks ask."""
+    if job.fsdp == "off":
+        return trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not ranks.first():
+        return None
+    model = _reward_model(job) if job.kind == "reward" else load_model(job.init_from, job)
+    model.load_state_dict(weights)
+    return model
+
+
 def save(trainer: Any, job: TrainingJob) -> None:
     """Write plain full weights, tokenizer and generation settings aside, then rename them into place."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = whole(trainer, job)
+    if not ranks.first():
+        return
     if job.settings.lora_rank:
         model = model.merge_and_unload()
     model.config.use_cache = True
@@ -830,17 +953,25 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def main() -> int:
-    """Run the job named on the command line."""
-    report = Report()
-    job = TrainingJob.model_validate_json(Path(sys.argv[1]).read_text())
+def work(job: TrainingJob) -> int:
+    """Run a job, or a rank's part of it, and tell what came of it; 0 where it is done."""
+    report = Report(job)
     try:
         result = run(job, report)
     except SrlmError as error:
         report(event="failed", message=str(error))
+        print(error, file=sys.stderr)  # noqa: T201 the log keeps what another rank than the first has to say
         return 1
     report(event="done", result=result.model_dump(mode="json"))
     return 0
+
+
+def main() -> int:
+    """Run the job named on the command line."""
+    done = work(TrainingJob.model_validate_json(Path(sys.argv[1]).read_text()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return done
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import importlib
 import pkgutil
 
 from srlm_core.config import RunConfig
+from srlm_core.engines.training_job import refuses
 from srlm_core.errors import ConfigError
 from srlm_core.methods import temporal
-from srlm_core.methods.record import Method
+from srlm_core.methods.record import Method, Training
 
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 
@@ -32,6 +33,7 @@ def require_fit(config: RunConfig) -> None:
         at = config.at(t)
         refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at) or _refuses_others(at)
         refused = refused or _refuses_steps(at) or _refuses_self_taught(at) or _refuses_explanations(at)
+        refused = refused or _refuses_ranks(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -74,6 +76,16 @@ def _refuses_steps(config: RunConfig) -> str | None:
         f"judgments.steps={config.judgments.steps} scores the steps of a response, and method={config.method} has no "
         "judge score responses. Leave judgments.steps out, or take a method that does, such as self_rewarding."
     )
+
+
+def _refuses_ranks(config: RunConfig) -> str | None:
+    """Refuse steps that the ranks of a training cannot share evenly, and what was written for one rank."""
+    method, how = METHODS[config.method], config.training
+    if how.launcher == "single":
+        return None
+    taught = {"sft", method.learns, *(step.kind for step in method.steps if isinstance(step, Training))}
+    refused = (refuses(kind, getattr(how, kind), how.ranks, how.fsdp) for kind in sorted(taught))
+    return next(filter(None, refused), None)
 
 
 def _refuses_self_taught(config: RunConfig) -> str | None:
