@@ -16,7 +16,7 @@ SHARDS = ("engine.shard_rows",)
 NEUTRAL = (
     "recipe", "size", "iterations", "engine.max_sequences", "engine.replicas", "engine.tensor_parallel",
     "engine.gpu_memory", "engine.kv_cache_gib", "engine.threads", "engine.compiled", "engine.api_key_env",
-    "engine.max_in_flight", "engine.shards_in_flight", "tracking",
+    "engine.max_in_flight", "engine.shards_in_flight", "tracking", "storage", "training.keep_last",
     "training.sft.micro_batch_size", "training.sft.checkpoint_every_s", "training.sft.gradient_checkpointing",
     "training.dpo.micro_batch_size", "training.dpo.checkpoint_every_s", "training.dpo.gradient_checkpointing",
     "training.reward.micro_batch_size", "training.reward.checkpoint_every_s", "training.reward.gradient_checkpointing",
