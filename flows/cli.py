@@ -362,6 +362,30 @@ def ifeval_(
 
 
 @app.command()
+def export(
+    campaign: str,
+    model: Annotated[str | None, typer.Option(help="Which model; default: the last one.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write into; default: export/ of the campaign.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to OWNER/NAME of the hub, for you alone to see.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="The datasets, too; with --push to OWNER/NAME-data.")
+    ] = False,
+    root: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Write a campaign's model for others to load, with a card made from the campaign's records."""
+    from flows.leaving import export as write_export
+
+    told = write_export(root, campaign, model, to, push=push, public=public, datasets=datasets)
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for what, where in told.items():
+        typer.echo(f"{what:<9}{where if isinstance(where, str) else ', '.join(where)}")
+
+
+@app.command()
 def clean(
     campaign: str,
     root: Root = RUNS,

@@ -91,9 +91,13 @@ def keep_last(run: Run, done: int) -> None:
 
 
 def champions(folder: Path) -> set[str]:
-    """Name the models of a campaign that somebody promoted."""
-    told = store.read_json(folder / "champion.json") or {}
-    return {told["model"]} if "model" in told else set()
+    """Name the last model that passed its gates, if there is one: others may serve it."""
+    passed: set[str] = set()
+    for kept in [*folder.glob("iter_*/gates.json"), *folder.glob("evaluation/M*/gates.json")]:
+        told = store.read_json(kept) or {}
+        if told and all(gate["passed"] is not False for gate in told["gates"]):
+            passed.add(told["model"])
+    return {max(passed, key=lambda name: int(name[1:]))} if passed else set()
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------

@@ -382,5 +382,8 @@ def clone(source: Path, target: Path) -> None:
         (link_or_copy if finished else shutil.copy2)(src, dst)
 
     shutil.copytree(
-        source, target, copy_function=share, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints")
+        source,
+        target,
+        copy_function=share,
+        ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints", "export"),
     )

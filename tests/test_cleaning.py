@@ -208,9 +208,11 @@ def test_weights_that_another_campaign_holds_too_give_no_room(finished, tmp_path
 
 def test_what_is_kept_champions_and_what_is_not_measured_yet_stays(finished, tmp_path):
     (finished / "evaluation" / "sft_baseline" / "results.json").unlink()
-    store.write_json(finished / "champion.json", {"model": "M1"})
+    failed = {"model": "M2", "gates": [{"name": "ties", "passed": False}]}
+    store.write_json(finished / "evaluation" / "M2" / "gates.json", failed)
+    store.write_json(finished / "iter_01" / "gates.json", {"model": "M1", "gates": [{"name": "ties", "passed": True}]})
     assert not [one for one in cleaning.find(Campaign(tmp_path, finished.name), settings()) if one.model]
-    (finished / "champion.json").unlink()
+    (finished / "iter_01" / "gates.json").unlink()
     assert "weights of M1" not in cli("clean", finished.name, "--root", tmp_path, "--keep", "M1")
     assert "weights of M1" in cli("clean", finished.name, "--root", tmp_path)
     assert "There are: M1, M2, sft_baseline" in cli("clean", finished.name, "--root", tmp_path, "--keep", "M7")

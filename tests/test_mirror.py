@@ -165,7 +165,7 @@ def campaign_with_a_part(root):
 
 
 def test_what_could_not_be_copied_is_told_and_tried_again_at_the_end(tmp_path, memory, told):
-    campaign, mirror = campaign_with_a_part(tmp_path), None
+    campaign = campaign_with_a_part(tmp_path)
     with Mirror("memory://far", campaign, wait_s=0.01) as mirror:
         mirror._fs = Away(memory, failures=3)
         mirror("part", {})
@@ -221,12 +221,10 @@ def test_a_mirror_that_cannot_be_read_any_more_is_an_error_not_a_second_sampling
         def get_file(self, there, here):
             raise ConnectionError("the storage is away")
 
-    with (
-        Mirror("memory://far", campaign, wait_s=0.01) as mirror,
-        pytest.raises(StoreError, match=r"expected to fetch models/M1/complete.json .* storage.mirror=null"),
-    ):
+    with Mirror("memory://far", campaign, wait_s=0.01) as mirror:
         mirror._fs = Unreadable(memory, 0)
-        mirror.fetch(campaign.model("M1") / "complete.json")
+        with pytest.raises(StoreError, match=r"expected to fetch models/M1/complete.json .* storage.mirror=null"):
+            mirror.fetch(campaign.model("M1") / "complete.json")
 
 
 @pytest.mark.parametrize(
