@@ -14,7 +14,7 @@ from flows.looking import folder_of
 from srlm_core import cleaning, summary, weights
 from srlm_core.backend import make_backend
 from srlm_core.cleaning import Find
-from srlm_core.config import RunConfig
+from srlm_core.config import EngineConfig, RunConfig
 from srlm_core.errors import ConfigError, StoreError
 from srlm_core.store import Campaign
 
@@ -97,13 +97,22 @@ def serve_command(model: Path) -> str | None:
         try:
             distribution("vllm")
         except PackageNotFoundError:  # its build for processors: `vllm serve` looks for the other one's version
-            # compiling a model takes minutes on a processor, and gains little
-            started, more = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model", " --enforce-eager"
+            started, more = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model", _on_a_processor()
         else:
             started, more = f"{_script('vllm')} serve", ""
         return f"{started} {model} --served-model-name {model.name}{more}"
     serving = all(importlib.util.find_spec(package) for package in ("transformers", "fastapi", "uvicorn"))
     return f"{_script('transformers')} serve {model}" if serving else None
+
+
+def _on_a_processor() -> str:
+    """Spare vLLM minutes of compiling, and nearly all of the memory: it takes what an engine of ours would."""
+    from srlm_core.engines.tuning import choices
+
+    chosen = {choice.setting: choice.value for choice in choices(EngineConfig(kind="vllm"))}
+    if "kv_cache_gib" not in chosen:
+        return ""
+    return f" --enforce-eager --kv-cache-memory-bytes {int(float(chosen['kv_cache_gib']) * 2**30)}"
 
 
 def _script(name: str) -> str:

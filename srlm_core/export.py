@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
-from httpx import HTTPError
+from httpx2 import HTTPError  # what the hub's library speaks
 from huggingface_hub import HfApi, get_token
 
 from srlm_core import cards, store, summary, weights

@@ -242,7 +242,7 @@ def unpack_gguf(source: Path, target: Path) -> None:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from httpx import HTTPError
+    from httpx2 import HTTPError  # what the hub's library speaks
     from huggingface_hub import snapshot_download
 
     try:

@@ -42,7 +42,7 @@ def test_the_serve_command_is_of_what_is_installed(monkeypatch, model):
     assert leaving.serve_command(model).endswith(f"vllm serve {model} --served-model-name M2")
     found(monkeypatch, "vllm", "transformers")
     asked = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {model} --served-model-name M2"
-    assert leaving.serve_command(model) == f"{asked} --enforce-eager"
+    assert leaving.serve_command(model).startswith(f"{asked} --enforce-eager --kv-cache-memory-bytes ")
     found(monkeypatch, "transformers", "fastapi", "uvicorn")
     assert leaving.serve_command(model).endswith(f"transformers serve {model}")
     found(monkeypatch, "transformers")
