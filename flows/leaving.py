@@ -100,7 +100,7 @@ def serve_command(model: Path) -> str | None:
             started, more = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model", _on_a_processor()
         else:
             started, more = f"{_script('vllm')} serve", ""
-        return f"{started} {model} --served-model-name {model.name}{more}"
+        return f"{started} {model} --served-model-name {model.name} --host 127.0.0.1{more}"
     serving = all(importlib.util.find_spec(package) for package in ("transformers", "fastapi", "uvicorn"))
     return f"{_script('transformers')} serve {model}" if serving else None
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import schemas, settings, store, training
+from srlm_core import schemas, settings, store, training, weights
 from srlm_core.backend import Model
 from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, RunConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
@@ -89,7 +89,8 @@ def _take_from_another(run: Run, lesson: Lesson, made_from: str) -> Model | None
     drops = _drops_of(lesson)
     for model, work, left_out in run.campaign.elsewhere(output, work_dir, drops):
         marker = store.read_json(model / MARKER)
-        if marker and marker["fingerprint"] == made_from and run.backend.digest(model) == marker["digest"]:
+        same = marker and marker["fingerprint"] == made_from and not weights.are_dropped(model)
+        if same and run.backend.digest(model) == marker["digest"]:
             shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)  # of a training that was cut short
             for path in work.glob("*.parquet"):
                 store.link(path, work_dir / path.name)

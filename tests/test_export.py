@@ -242,3 +242,32 @@ def test_a_hub_that_is_away_is_an_error_and_the_export_stays(finished):
     assert "Traceback" not in done.stderr
     assert "hf_planted" not in done.stdout + done.stderr
     assert (finished / "export" / "M2" / "README.md").exists()
+
+
+# --- a real model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_exported_model_loads_with_transformers_and_says_the_same(tmp_path):
+    import torch
+    from engines.tiny import tiny_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from srlm_core.engines.models import model_digest
+
+    folder = made_up(tmp_path, model={"path": "HuggingFaceTB/SmolLM2-135M-Instruct"})
+    tiny_model(folder / "models" / "M2", seed=3)
+    marker = store.read_json(folder / "models" / "M2" / "complete.json")
+    digest = model_digest(folder / "models" / "M2", tmp_path / ".cache" / "models")
+    store.write_json(folder / "models" / "M2" / "complete.json", {**marker, "digest": digest})
+    write(folder, "M2")
+    there = folder / "export" / "M2"
+    assert (there / "model.safetensors").stat().st_nlink == 2
+    asked = AutoTokenizer.from_pretrained(there)("Why is the sky blue?", return_tensors="pt")
+    said = [AutoModelForCausalLM.from_pretrained(path)(**asked).logits for path in (there, folder / "models" / "M2")]
+    assert torch.equal(*said)
+    data = front_matter(there)
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["library_name"] == "transformers"
+    assert digest in (there / "README.md").read_text()

@@ -39,10 +39,10 @@ def found(monkeypatch, *packages, distributions=()):
 
 def test_the_serve_command_is_of_what_is_installed(monkeypatch, model):
     found(monkeypatch, "vllm", "transformers", distributions=["vllm"])
-    assert leaving.serve_command(model).endswith(f"vllm serve {model} --served-model-name M2")
+    assert leaving.serve_command(model).endswith(f"vllm serve {model} --served-model-name M2 --host 127.0.0.1")
     found(monkeypatch, "vllm", "transformers")
     asked = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {model} --served-model-name M2"
-    assert leaving.serve_command(model).startswith(f"{asked} --enforce-eager --kv-cache-memory-bytes ")
+    assert leaving.serve_command(model).startswith(f"{asked} --host 127.0.0.1 --enforce-eager --kv-cache-memory-bytes ")
     found(monkeypatch, "transformers", "fastapi", "uvicorn")
     assert leaving.serve_command(model).endswith(f"transformers serve {model}")
     found(monkeypatch, "transformers")
