@@ -14,6 +14,7 @@ from srlm_core.backend import Backend
 from srlm_core.config import RunConfig
 from srlm_core.errors import SrlmError
 from srlm_core.executor import PlainExecutor
+from srlm_core.mirror import Mirror
 from srlm_core.run import Observer, Run
 from srlm_core.store import Campaign
 from tasks.tracking import Tracking
@@ -29,6 +30,7 @@ def run_campaign(
     observers: Sequence[Observer] = (),
     use_prefect: bool = True,
     use_mlflow: bool = True,
+    mirror: Mirror | None = None,
 ) -> None:
     """Run a campaign to its end, shown by Prefect and recorded by MLflow where they are wanted and there.
 
@@ -39,9 +41,9 @@ def run_campaign(
         server = stack.enter_context(PrefectServer(campaign.root)) if use_prefect and _there("prefect") else None
         tracking = stack.enter_context(Tracking(config, campaign)) if use_mlflow and _there("mlflow") else None
         # the report first: the others link to it and keep it
-        watching = [partial(_report, campaign), *observers, *([tracking] if tracking else [])]
+        watching = [partial(_report, campaign), *observers, *(each for each in (tracking, mirror) if each)]
         plain = stack.enter_context(PlainExecutor(workers(config)))
-        run = Run(config, campaign, plain, backend, watching)
+        run = Run(config, campaign, plain, backend, watching, mirror)
         if server is None or not _shown(run, server, tracking):
             loop.self_reward(run)
 

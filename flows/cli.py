@@ -389,6 +389,56 @@ def ifeval_(
 
 
 @app.command()
+def export(
+    campaign: str,
+    model: Annotated[str | None, typer.Option(help="Which model; default: the last one.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write into; default: export/ of the campaign.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to OWNER/NAME of the hub, for you alone to see.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="The datasets, too; with --push to OWNER/NAME-data.")
+    ] = False,
+    root: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Write a campaign's model for others to load, with a card made from the campaign's records."""
+    from flows.leaving import export as write_export
+
+    told = write_export(root, campaign, model, to, push=push, public=public, datasets=datasets)
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for what, where in told.items():
+        typer.echo(f"{what:<9}{where if isinstance(where, str) else ', '.join(where)}")
+
+
+@app.command()
+def clean(
+    campaign: str,
+    root: Root = RUNS,
+    keep: Annotated[list[str], typer.Option("--keep", help="A model whose weights stay. Repeatable.")] = [],  # noqa: B006
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what of a campaign can go, the room it gives back and what is impossible then; delete it with --yes."""
+    from flows.leaving import to_clean
+    from srlm_core import cleaning
+
+    with to_clean(root, campaign, keep) as (folder, found):
+        told = [{"what": one.what, "bytes": one.bytes, "then": one.then} for one in found]
+        if not as_json:
+            typer.echo(cleaning.as_text(found))
+        asked = not yes and bool(found) and not as_json and sys.stdin.isatty()
+        sure = yes or (asked and typer.confirm("Delete all of this?"))
+        if sure:
+            cleaning.delete(folder, found)
+        if as_json:
+            typer.echo(json.dumps({"deleted": sure, "found": told}, indent=2))
+        elif found:
+            typer.echo("deleted." if sure else "Nothing was deleted: say --yes to delete it.")
+
+
+@app.command()
 def doctor(root: Root = RUNS, as_json: AsJson = False) -> None:
     """Say whether this machine is fit, which engine would run, and what to do."""
     from flows.looking import examine

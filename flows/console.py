@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from flows.leaving import serve_command
 from srlm_core import table
 from srlm_core.gates import Gate, in_words
 from srlm_core.store import Campaign
@@ -167,5 +168,11 @@ class Console:
             f"datasets  {folder}/iter_*/  (Parquet)",
             *([f"MLflow    mlflow ui --backend-store-uri sqlite:///{database}"] if tracked else []),
             *(f"talk      srlm chat {self._campaign.model(model)}" for model in last),
+            *(f"serve     {command}" for model in last if (command := serve_command(self._campaign.model(model)))),
+            *(f"take      srlm export {self._campaign.name} --datasets{_rooted(root)}" for _ in last),
         ]
         self._terminal.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _rooted(root: Path) -> str:
+    return "" if root == Path("runs").resolve() else f" --root {root}"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from srlm_core.backend import Backend, describe_engine, make_backend, resolve
 from srlm_core.config import RunConfig
 from srlm_core.errors import StoreError
 from srlm_core.executor import PlainExecutor
+from srlm_core.mirror import Mirror
 from srlm_core.run import Run
 from srlm_core.store import Campaign
 
@@ -83,8 +85,11 @@ def carry_out(
     """
     from flows.console import Console
 
-    with Campaign(root, name, others) as campaign, Console(campaign, as_json=as_json) as console:
+    with ExitStack() as stack:
+        campaign = stack.enter_context(Campaign(root, name, others))
+        console = stack.enter_context(Console(campaign, as_json=as_json))
         agree(campaign, config, redo=redo)
+        mirror = stack.enter_context(Mirror(config.storage.mirror, campaign)) if config.storage.mirror else None
         console.say(
             f"campaign {name} in {campaign.folder}: {config.recipe} at size {config.size}, "
             f"{describe_engine(config.engine)}"
@@ -92,16 +97,26 @@ def carry_out(
         campaign.logs.mkdir(exist_ok=True)
         backend = make_backend(config, cache=root / ".cache" / "models", logs=campaign.logs)
         store.write_json(campaign.folder / "provenance.json", provenance(campaign, config))
-        _run(config, campaign, backend, console, use_prefect=use_prefect, use_mlflow=use_mlflow)
+        _run(config, campaign, backend, console, mirror, use_prefect=use_prefect, use_mlflow=use_mlflow)
     return console
 
 
 def _run(
-    config: RunConfig, campaign: Campaign, backend: Backend, console: Any, *, use_prefect: bool, use_mlflow: bool
+    config: RunConfig,
+    campaign: Campaign,
+    backend: Backend,
+    console: Any,
+    mirror: Mirror | None,
+    *,
+    use_prefect: bool,
+    use_mlflow: bool,
 ) -> None:
     from flows.campaign import run_campaign
 
-    run_campaign(config, campaign, backend=backend, observers=[console], use_prefect=use_prefect, use_mlflow=use_mlflow)
+    run_campaign(
+        config, campaign, backend=backend, observers=[console], use_prefect=use_prefect, use_mlflow=use_mlflow,
+        mirror=mirror,
+    )  # fmt: skip
 
 
 def agree(campaign: Campaign, config: RunConfig, *, redo: bool) -> None:

@@ -2,8 +2,9 @@
 
 import functools
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEMO_MODEL = "smollm2-135m-instruct"
 """Name of the small model that comes from a Python package; see engines/models.py."""
@@ -561,6 +562,9 @@ class TrainingConfig(Settings):
     dpo: DpoConfig = DpoConfig()
     reward: RewardConfig = RewardConfig()
     online: OnlineConfig = OnlineConfig()
+    keep_last: int | None = Field(default=None, ge=1)
+    """Keep the weights of so many last M_t, of M0, and of whatever a later step loads; those of others are dropped as
+    the campaign runs, and their rows and numbers stay. null = keep all."""
 
     @model_validator(mode="after")
     def _several_ranks_are_launched(self) -> "TrainingConfig":
@@ -706,6 +710,24 @@ class TrackingConfig(Settings):
     moves to M_t when its gates pass: at least one was measured, and none failed."""
 
 
+class StorageConfig(Settings):
+    """Where finished work is kept besides the campaign's folder."""
+
+    mirror: str | None = None
+    """Object storage, as a URL that fsspec knows (`s3://bucket/prefix`): finished parts and models are copied to NAME
+    under it, and fetched from there where the folder lacks them. Credentials come from the environment. null = none."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _no_secret_is_in_it(cls, url: str | None) -> str | None:
+        if url and urlsplit(url).password is not None:
+            raise ValueError(
+                "storage.mirror: expected a URL without a password: settings are written down and shown. Put "
+                "credentials into the environment, for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
+        return url
+
+
 class RunConfig(Settings):
     """A campaign, every default spelled out."""
 
@@ -738,6 +760,7 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     gates: GatesConfig = GatesConfig()
     tracking: TrackingConfig = TrackingConfig()
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _budgets_fit_the_context(self) -> "RunConfig":

@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import schemas, settings, store, training
+from srlm_core import schemas, settings, store, training, weights
 from srlm_core.backend import Model
 from srlm_core.config import DpoConfig, OnlineConfig, RewardConfig, RunConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, TrainingResult
 from srlm_core.executor import Work
-from srlm_core.run import MARKER, Run
+from srlm_core.run import Run
 from srlm_core.store import digest
+from srlm_core.weights import MARKER
 
 ROWS = {"sft": schemas.EXAMPLES, "dpo": schemas.PREFERENCES, "reward": schemas.RANKINGS, "online": schemas.QUERIES}
 
@@ -69,9 +70,9 @@ def teach(run: Run, lesson: Lesson) -> Model:
 def take_as(run: Run, name: str, taught: Model) -> None:
     """Give a model another name in the campaign: nothing is trained twice, and no weight is copied where links work."""
     output, marker = run.campaign.model(name), store.read_json(taught.path / MARKER)
-    if store.read_json(output / MARKER) == marker and run.backend.digest(output) == taught.digest:
+    if store.read_json(output / MARKER) == marker and run.has(taught._replace(path=output)):
         return
-    _link_model(taught.path, output)
+    _link_model(run.with_weights(taught).path, output)
     run.tell("note", text=f"{name} is {taught.name}: this method teaches no judging")
 
 
@@ -88,7 +89,8 @@ def _take_from_another(run: Run, lesson: Lesson, made_from: str) -> Model | None
     drops = _drops_of(lesson)
     for model, work, left_out in run.campaign.elsewhere(output, work_dir, drops):
         marker = store.read_json(model / MARKER)
-        if marker and marker["fingerprint"] == made_from and run.backend.digest(model) == marker["digest"]:
+        same = marker and marker["fingerprint"] == made_from and not weights.are_dropped(model)
+        if same and run.backend.digest(model) == marker["digest"]:
             shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)  # of a training that was cut short
             for path in work.glob("*.parquet"):
                 store.link(path, work_dir / path.name)
@@ -100,6 +102,24 @@ def _take_from_another(run: Run, lesson: Lesson, made_from: str) -> Model | None
     return None
 
 
+def _fetch(run: Run, lesson: Lesson, made_from: str) -> Model | None:
+    """Fetch a model that the mirror holds, with its log; None where it has none that was made from the same things."""
+    output, work_dir = run.campaign.model(lesson.name), lesson.work_dir
+    marker = run.mirror.read_json(output / MARKER) if run.mirror else None
+    if run.mirror is None or not marker or marker["fingerprint"] != made_from:
+        return None
+    run.tell("note", text=f"{lesson.name} is fetched from {run.mirror.url}")
+    shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)  # of a training that was cut short
+    run.mirror.fetch_folder(output, but=[MARKER])
+    if run.backend.digest(output) != marker["digest"]:
+        run.tell("note", text=f"{lesson.name} in {run.mirror.url} is damaged, and is trained again")
+        return None
+    run.mirror.fetch_folder(work_dir)
+    run.mirror.fetch(_drops_of(lesson))
+    run.mirror.fetch(output / MARKER)
+    return Model(lesson.name, output, marker["digest"])
+
+
 def _drops_of(lesson: Lesson) -> Path:
     return lesson.folder / "drops" / f"part-training-{lesson.name}.parquet"
 
@@ -108,9 +128,11 @@ def _find_or_train(run: Run, lesson: Lesson) -> Model:
     """Train one model, go on from its last checkpoint, or find it made."""
     output, made_from = run.campaign.model(lesson.name), lesson.fingerprint(run.config)
     marker = store.read_json(output / MARKER)
-    if marker and marker["fingerprint"] == made_from and run.backend.digest(output) == marker["digest"]:
-        return Model(lesson.name, output, marker["digest"])
-    if taken := _take_from_another(run, lesson, made_from):
+    if marker and marker["fingerprint"] == made_from:
+        made = Model(lesson.name, output, marker["digest"])
+        if run.has(made):
+            return made
+    if taken := _take_from_another(run, lesson, made_from) or _fetch(run, lesson, made_from):
         return taken
     with run.phase(f"training {lesson.name}"):
         result = _train_again(run, lesson, made_from)
@@ -147,9 +169,9 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
         kind=lesson.kind,
         rows=kept,
         heldout=held if share and pq.read_metadata(held).num_rows else None,
-        init_from=lesson.init.path,
-        reference=lesson.reference.path if lesson.reference else None,
-        reward_model=lesson.reward.path if lesson.reward else None,
+        init_from=run.with_weights(lesson.init).path,
+        reference=run.with_weights(lesson.reference).path if lesson.reference else None,
+        reward_model=run.with_weights(lesson.reward).path if lesson.reward else None,
         output=run.campaign.model(lesson.name),
         work_dir=work_dir,
         settings=lesson.config,

@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 from srlm_core import annotating, comparisons, counting, frozen_judge, gatekeeper, measuring, store, training
 from srlm_core.backend import Model
 from srlm_core.bootstrap import bootstrap
+from srlm_core.cleaning import keep_last
 from srlm_core.config import DpoConfig
 from srlm_core.errors import EngineDied, ModelError, NothingLeft, StoreError
 from srlm_core.lesson import Lesson, teach
 from srlm_core.methods import METHODS
-from srlm_core.run import BASELINE, MARKER, Run
+from srlm_core.run import BASELINE, Run
 from srlm_core.shards import make_datasets
 from srlm_core.store import Made
+from srlm_core.weights import MARKER
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
@@ -33,8 +35,10 @@ def self_reward(run: Run) -> None:
     executor.flow("bootstrap", "bootstrap", partial(bootstrap, run))
     for t in range(1, last + 1):
         executor.flow("iteration", f"iteration {t}", partial(iterate, run, t))
+        keep_last(run, t)
         gatekeeper.ask_person(run, t)
     executor.flow("evaluate", "evaluate", partial(evaluate_rest, run))
+    keep_last(run, last)
     run.tell("finished", timings=run.timings)
 
 

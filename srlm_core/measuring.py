@@ -247,7 +247,8 @@ def make_part(
         view = lend(model).stage(stage)
         return Fresh(*make(view), view.tokens)
 
-    made = materialize(path, made_from, fresh, drops=drops, elsewhere=run.campaign.elsewhere(path, drops))
+    elsewhere = run.campaign.elsewhere(path, drops)
+    made = materialize(path, made_from, fresh, drops=drops, elsewhere=elsewhere, fetch=run.fetch)
     run.tell("part", stage=stage, iteration=0, shard=number, path=made.path, reused=made.reused)
     return made
 

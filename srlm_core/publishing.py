@@ -14,14 +14,19 @@ def publish(folder: Path, target: Path) -> Path:
 
     No text of a prompt, a response or a file is in it, and of the files that its settings name only their last part.
     """
-    settings = store.read_json(folder / "config.json") or {}
-    hide = partial(_hidden, {path: Path(path).name for path in sorted(_paths(settings), key=len, reverse=True)})
+    settings, hide = store.read_json(folder / "config.json") or {}, partial(without_paths, folder)
     kept = {name: store.read_json(folder / f"{name}.json") or {} for name in ("provenance", "timings", "usage")}
     kept |= {"config": settings, "models": table.of_campaign(folder), "evaluation": measured(folder)}
     for name, content in kept.items():
         store.write_json(target / f"{name}.json", hide(content))
     content = hide(report.gather(folder, texts=False))
     return pages.write(target, "report", content, all_figures(**content["to_draw"]))
+
+
+def without_paths(folder: Path, value: Any) -> Any:
+    """Put names in the place of the files and folders that a campaign's settings name, wherever in a value."""
+    settings = store.read_json(folder / "config.json") or {}
+    return _hidden({path: Path(path).name for path in sorted(_paths(settings), key=len, reverse=True)}, value)
 
 
 def measured(folder: Path) -> dict[str, Any]:

@@ -5,23 +5,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
-from srlm_core import store
+from srlm_core import store, weights
 from srlm_core.backend import Backend, Model
 from srlm_core.config import RunConfig
 from srlm_core.engines.on_demand import OnDemand, Usage
+from srlm_core.engines.protocol import Engine
 from srlm_core.engines.training_job import TrainingResult
 from srlm_core.executor import Executor
 from srlm_core.methods import METHODS
+from srlm_core.mirror import Mirror
 from srlm_core.seed_data import SeedData, load_seed
 from srlm_core.store import Campaign
+from srlm_core.weights import MARKER
 
 BASE, BASELINE = "M0", "sft_baseline"
 
-
-MARKER = "complete.json"
-"""Written last into a model's folder: where it is, the model is whole."""
 
 Observer = Callable[[str, dict[str, Any]], None]
 """Told (what happened, details): part, training, model, gate, iteration, evaluation, engine_start, phase, waiting,
@@ -37,6 +38,7 @@ class Run:
     executor: Executor
     backend: Backend
     observers: Sequence[Observer] = ()
+    mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
         self.timings: dict[str, float] = store.read_json(self.campaign.folder / "timings.json") or {}
@@ -85,12 +87,43 @@ class Run:
 
             def lend(model: Model) -> OnDemand:
                 if model.name not in open_ones:
-                    engine = OnDemand(model.name, partial(self.backend.open, model), self._engine_started)
+                    engine = OnDemand(model.name, partial(self._open, model), self._engine_started)
                     open_ones[model.name] = stack.enter_context(engine)
                 return open_ones[model.name]
 
             yield lend
         self._count(open_ones.values())
+
+    def _open(self, model: Model) -> Engine:
+        return self.backend.open(self.with_weights(model))
+
+    def with_weights(self, model: Model) -> Model:
+        """Return a model that is about to be loaded, fetched from the mirror where its weights were dropped here.
+
+        Raises ModelError where they are nowhere, saying how to get them back.
+        """
+        if (
+            weights.are_dropped(model.path)
+            and self.mirror is not None
+            and model.path.is_relative_to(self.campaign.folder)
+        ):
+            self.tell(
+                "note", text=f"{model.name}: its weights were dropped here, and are fetched from {self.mirror.url}"
+            )
+            self.mirror.fetch_folder(model.path)
+            if weights.files(model.path) and self.backend.digest(model.path) == model.digest:
+                weights.take_back(model.path)
+        weights.require(model.path)
+        return model
+
+    def has(self, model: Model) -> bool:
+        """Whether a model's folder holds what its digest says, or did until its weights were dropped."""
+        return weights.are_dropped(model.path) or self.backend.digest(model.path) == model.digest
+
+    @property
+    def fetch(self) -> Callable[[Path, Path], bool] | None:
+        """Brings a part and its drops from the mirror, if there is one."""
+        return self.mirror.fetch if self.mirror else None
 
     def _engine_started(self, model: str, seconds: float) -> None:
         self.add_time("engine starts", seconds)

@@ -243,7 +243,9 @@ def _make_part(
         return Fresh(rows, left_out, engine.tokens if engine else 0)
 
     elsewhere = run.campaign.elsewhere(path, drops)
-    made = materialize(path, made_from, make, drops=drops, passes=step.passes(config), elsewhere=elsewhere)
+    made = materialize(
+        path, made_from, make, drops=drops, passes=step.passes(config), elsewhere=elsewhere, fetch=run.fetch
+    )
     run.tell("part", stage=step.makes, iteration=shard.iteration, shard=shard.number, path=path, reused=made.reused)
     return made
 

@@ -220,31 +220,37 @@ def materialize(
     drops: Path,
     passes: int = 1,
     elsewhere: Iterable[Sequence[Path]] = (),
+    fetch: Callable[[Path, Path], bool] | None = None,
 ) -> Made:
     """Return the part at `path` if it is intact and was made from the same things; else make it.
 
     `make` is handed the present rows where they are good but hold fewer than `passes` judgment passes, else null. The
     drops are written first, so that the part's existence means both are there. `elsewhere`: where another campaign
-    may hold the same part and its drops; one that was made from the same things is linked.
+    may hold the same part and its drops; one that was made from the same things is linked. `fetch` brings both to
+    their places from a mirror, and says whether it did; then they are looked at like any others.
     """
-    stamp, dropped = stamp_of(path), stamp_of(drops)
-    present: pa.Table | None = None
-    if stamp is not None and dropped is not None and stamp.fingerprint == fingerprint == dropped.fingerprint:
-        if stamp.extra["passes"] >= passes:
-            return Made(path, stamp, True)
-        present = read_part(path)
-    else:
+    stamp = _whole(path, drops, fingerprint)
+    if stamp is None:
         for part, left_out in elsewhere:
-            twin, beside = stamp_of(part), stamp_of(left_out)
-            same = twin and beside and twin.fingerprint == fingerprint == beside.fingerprint
-            if twin and same and twin.extra["passes"] == passes:
+            twin = _whole(part, left_out, fingerprint)
+            if twin and twin.extra["passes"] == passes:
                 link(left_out, drops)
                 link(part, path)
                 return Made(path, twin, True)
-    fresh = make(present)
-    spent = fresh.tokens + (stamp.extra.get("tokens", 0) if stamp and present is not None else 0)
+    if stamp is None and fetch is not None and fetch(path, drops):
+        stamp = _whole(path, drops, fingerprint)
+    if stamp is not None and stamp.extra["passes"] >= passes:
+        return Made(path, stamp, True)
+    fresh = make(None if stamp is None else read_part(path))
+    spent = fresh.tokens + (0 if stamp is None else stamp.extra.get("tokens", 0))
     write_part(drops, fresh.drops, fingerprint)
     return Made(path, write_part(path, fresh.rows, fingerprint, {"passes": passes, "tokens": spent}), False)
+
+
+def _whole(path: Path, drops: Path, fingerprint: str) -> Stamp | None:
+    """Return what a part says of itself if it and its drops are intact and were made from the same things."""
+    stamp, beside = stamp_of(path), stamp_of(drops)
+    return stamp if stamp and beside and stamp.fingerprint == fingerprint == beside.fingerprint else None
 
 
 def tokens_of(path: Path) -> int | None:
@@ -284,6 +290,16 @@ class Campaign:
         self._lock = FileLock(self.folder / ".lock")
 
     def __enter__(self) -> "Campaign":
+        self.take()
+        for leftover in self.leftovers():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+        return self
+
+    def take(self) -> None:
+        """Make sure that nobody else works on it, and leave it as it is. Raises StoreError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -298,12 +314,10 @@ class Campaign:
                 f"expected campaign {self.name!r} to be free, but another process works on it ({self.folder}). "
                 "Wait for it, stop it, or start a campaign of another name with --name."
             ) from error
-        for leftover in list(self.folder.rglob(".*.tmp")):  # of a process that was killed while it wrote
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
-        return self
+
+    def leftovers(self) -> list[Path]:
+        """List what a process left that was killed while it wrote."""
+        return list(self.folder.rglob(".*.tmp"))
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
@@ -368,5 +382,8 @@ def clone(source: Path, target: Path) -> None:
         (link_or_copy if finished else shutil.copy2)(src, dst)
 
     shutil.copytree(
-        source, target, copy_function=share, ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints")
+        source,
+        target,
+        copy_function=share,
+        ignore=shutil.ignore_patterns(".lock", "logs", "report", "checkpoints", "export"),
     )

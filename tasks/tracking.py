@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import gates, settings, store, summary
+from srlm_core import gates, settings, store, summary, weights
 from srlm_core.config import RunConfig
 from srlm_core.errors import ModelError
 from srlm_core.store import Campaign
@@ -406,7 +406,8 @@ class Record:
         with tempfile.TemporaryDirectory() as aside:  # without this file the model could not be registered
             get_external_mlflow_model_spec(logged).save(str(Path(aside) / "MLmodel"))
             self._client.log_model_artifacts(logged.model_id, aside)
-        stored = folder.is_dir() and megabytes(folder) < self._config.tracking.upload_below_mb
+        there = folder.is_dir() and not weights.are_dropped(folder)
+        stored = there and megabytes(folder) < self._config.tracking.upload_below_mb
         if stored:
             self._client.log_model_artifacts(logged.model_id, str(folder), CHECKPOINT)
         self._client.set_logged_model_tags(logged.model_id, {"stored": str(stored).lower()})

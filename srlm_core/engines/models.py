@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from srlm_core import weights
 from srlm_core.config import DEMO_MODEL
 from srlm_core.engines.child import Child
 from srlm_core.errors import ModelError
@@ -85,6 +86,7 @@ def is_reward_model(folder: Path) -> bool:
 
 def check(folder: Path, name: str, *, rewards: bool = False) -> Path:
     """Return the folder if it holds a model of the kind, a tokenizer and a chat template; else raise ModelError."""
+    weights.require(folder)
     settings = _json(folder / "config.json")
     if not settings:
         raise ModelError(
@@ -240,7 +242,7 @@ def unpack_gguf(source: Path, target: Path) -> None:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from httpx import HTTPError
+    from httpx2 import HTTPError  # what the hub's library speaks
     from huggingface_hub import snapshot_download
 
     try:
