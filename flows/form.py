@@ -103,7 +103,10 @@ else:
 NOTHING = Changed()
 
 
-Names: Any = Literal[tuple(sorted(settings.flat(RunConfig())))]
+if TYPE_CHECKING:
+    Named = str
+else:
+    Named = Literal[tuple(sorted(settings.flat(RunConfig())))]
 
 
 class Override(BaseModel):
@@ -111,7 +114,7 @@ class Override(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    setting: Annotated[Names, Field(description="Its name, as `srlm recipes --settings` lists them.")]
+    setting: Annotated[Named, Field(description="Its name, as `srlm recipes --settings` lists them.")]
     value: Annotated[str, Field(description='As in TOML: 8, 0.7, true, ["a", "b"]; or plain text, null for none.')]
 
     def __str__(self) -> str:

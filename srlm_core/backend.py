@@ -9,6 +9,7 @@ from srlm_core import plan
 from srlm_core.config import EngineConfig, RunConfig
 from srlm_core.engines import (
     cluster,
+    hardware,
     machine_of,
     models,
     open_engine,
