@@ -147,3 +147,14 @@ def test_a_wrong_word_is_answered_with_the_near_one(asked: tuple[str, ...], told
     done = CliRunner().invoke(app, list(asked))
     assert isinstance(done.exception, SrlmError)
     assert told in str(done.exception)
+
+
+def test_approve_decides_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    asks = ("iterations=2", "gates.approval=true", 'evaluation.models="none"')
+    with pytest.raises(SrlmError, match="waits for a decision after iteration 1"):
+        run(tmp_path, "asks", *asks)
+    assert srlm("approve", "asks", "--root", tmp_path, "--stop") == "asks: decided after iteration 1: it ends there.\n"
+    with pytest.raises(SrlmError, match="somebody decided so"):
+        run(tmp_path, "asks", *asks)
+    assert "goes on with iteration 2" in srlm("approve", "asks", "--root", tmp_path)
+    assert (run(tmp_path, "asks", *asks) / "models" / "M3" / "complete.json").is_file()
