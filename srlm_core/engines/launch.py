@@ -6,6 +6,7 @@ the parent: a rank may be on another machine, and no library here hands a socket
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -22,6 +23,8 @@ from srlm_core.errors import SrlmError, TrainingFailed
 _POLL_S = 0.1
 _ATTEMPTS = 2
 """Of Ray: a group of ranks that died is started once more, as an engine is."""
+_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Environment of a Ray of our own, which nobody else is to join. The last one keeps it on loopback."""
 
 
 @contextmanager
@@ -65,29 +68,35 @@ def _torchrun(job: TrainingJob, described: Path) -> None:
 
 def _ray(job: TrainingJob, described: Path) -> None:
     """Have Ray Train start the ranks on the machines of a cluster; if one dies, it starts all of them again."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    own = not os.environ.get("RAY_ADDRESS")
+    os.environ |= _OWN_RAY | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if own else {}
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    scratch = Path(tempfile.mkdtemp(prefix="srlm_"))
-    here = {} if os.environ.get("RAY_ADDRESS") else {
-        "_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": job.ranks, "_temp_dir": str(scratch),
-    }  # fmt: skip
-    try:
-        ray.init(**here)
-        on_gpu = _has_room(job, ray.cluster_resources())
-        TorchTrainer(
-            _rank,
-            train_loop_config={"job": str(described.resolve())},
-            scaling_config=ScalingConfig(num_workers=job.ranks, use_gpu=on_gpu),
-            run_config=RunConfig(
-                name="ranks", storage_path=str(scratch), failure_config=FailureConfig(max_failures=_ATTEMPTS - 1)
-            ),
-        ).fit()
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+    storage = job.work_dir.resolve() / "ray"  # on the folder that all machines see, as Ray Train asks
+    shutil.rmtree(storage, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="srlm_", ignore_cleanup_errors=True) as scratch:
+        here = {
+            "_node_ip_address": "127.0.0.1",
+            "include_dashboard": False,
+            "num_cpus": job.ranks,
+            "_temp_dir": scratch,
+        }
+        try:
+            ray.init(**(here if own else {}))
+            on_gpu = _has_room(job, ray.cluster_resources())
+            TorchTrainer(
+                _rank,
+                train_loop_config={"job": str(described.resolve())},
+                scaling_config=ScalingConfig(num_workers=job.ranks, use_gpu=on_gpu),
+                run_config=RunConfig(
+                    name="ranks", storage_path=str(storage), failure_config=FailureConfig(max_failures=_ATTEMPTS - 1)
+                ),
+            ).fit()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(storage, ignore_errors=True)
 
 
 def _has_room(job: TrainingJob, resources: Mapping[str, float]) -> bool:
@@ -121,9 +130,10 @@ def main() -> int:
     described = Path(sys.argv[1])
     job = TrainingJob.model_validate_json(described.read_text())
     channel = channel_to_parent()
-    if not os.environ.get("GLOO_SOCKET_IFNAME") and job.launcher == "torchrun":
+    one_machine = job.launcher == "torchrun" or not os.environ.get("RAY_ADDRESS")
+    if one_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-        os.environ |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}  # one machine: nobody else is to connect
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}  # nobody else is to connect
     with _passed_on(job.said, channel):
         try:
             _LAUNCHERS[job.launcher](job, described)
