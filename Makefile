@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # PyTorch's own index of CPU builds, asked only where pip does not find the build by itself
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo stack test test-slow check bench clean
+.PHONY: demo stack test test-slow test-cluster check bench clean
 
 $(READY): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,10 +28,13 @@ stack: $(READY)  ## Prefect, MLflow and a worker on the loopback, until Ctrl-C
 	@$(BIN)/python -m deployments.stack
 
 test: $(READY)  ## everything quick, engines included
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
 
 test-slow: $(READY)  ## the suites that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-cluster: $(READY)  ## servers, Ray, several training ranks
+	$(BIN)/python -m pytest -m cluster
 
 check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .

@@ -212,7 +212,7 @@ def srlm(folder, endpoint, *more):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_push_makes_private_repositories_and_uploads_what_was_exported(finished, hub):
     done = srlm(finished, f"http://127.0.0.1:{hub.server_port}", "--push", "me/mine", "--datasets")
     assert done.returncode == 0, done.stderr
@@ -234,7 +234,7 @@ def test_a_push_makes_private_repositories_and_uploads_what_was_exported(finishe
     assert "hf_planted" not in done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_hub_that_is_away_is_an_error_and_the_export_stays(finished):
     done = srlm(finished, "http://127.0.0.1:9", "--push", "me/mine")
     assert done.returncode == 1
@@ -248,7 +248,7 @@ def test_a_hub_that_is_away_is_an_error_and_the_export_stays(finished):
 
 
 @pytest.mark.engine
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_exported_model_loads_with_transformers_and_says_the_same(tmp_path):
     import torch
     from engines.tiny import tiny_model

@@ -258,7 +258,7 @@ def test_a_password_in_the_url_is_refused():
         recipes.load("self_rewarding", "smoke", overrides=['storage.mirror="ftp://me:secret@host/x"'])
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_killed_in_the_middle_and_the_folder_gone_it_goes_on_from_the_mirror(tmp_path):
     want = parquet(run(tmp_path / "undisturbed", "prompts.target=60"))
     command = [sys.executable, "-m", "flows.cli", "run", "self_rewarding", "--size", "smoke", "--name", "c"]

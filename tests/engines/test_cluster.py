@@ -87,7 +87,7 @@ def processes(engine: EchoEngine) -> list[int]:
     return [int(pid) for pid in found]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("victim", ["actor", "child"])
 def test_what_a_killed_replica_owed_is_answered_by_the_others_once_and_it_comes_back(engine, told, victim):
     before = processes(engine)
@@ -105,13 +105,13 @@ def test_what_a_killed_replica_owed_is_answered_by_the_others_once_and_it_comes_
     assert [replica.owed for replica in engine.replicas] == [0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_request_that_all_die_of_is_asked_no_more_than_three_times(engine):
     with pytest.raises(EngineDied, match="ended with code 3"):
         list(engine.generate(Request(str(i), prefix="die" if i == 20 else "") for i in range(60)))
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_closing_ends_what_ran_there_and_gives_the_room_back(engine):
     pids = processes(engine)
     engine.__exit__(None, None, None)
@@ -120,7 +120,7 @@ def test_closing_ends_what_ran_there_and_gives_the_room_back(engine):
         assert len(processes(engine)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_too_small_a_cluster_is_an_error_that_says_what_it_has(here):
     cores = len(hardware.cores())
     config = EngineConfig(kind="scripted", placement="ray", replicas=cores + 1)
@@ -129,7 +129,7 @@ def test_too_small_a_cluster_is_an_error_that_says_what_it_has(here):
     assert machine_of(EngineConfig(placement="ray"))._replace(free_memory=0) == hardware.here()._replace(free_memory=0)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_room_that_others_keep_is_waited_for_and_not_for_ever(here, monkeypatch, tmp_path, told):
     monkeypatch.setattr(cluster, "PATIENCE_S", 2.0)
     cores = len(hardware.cores())
@@ -142,7 +142,7 @@ def test_room_that_others_keep_is_waited_for_and_not_for_ever(here, monkeypatch,
     assert any("which others hold" in words for words in told)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_model_that_is_not_on_the_node_is_refused_with_its_reason(here, tmp_path):
     config = EngineConfig(kind="scripted", placement="ray")
     with (
@@ -152,7 +152,7 @@ def test_a_model_that_is_not_on_the_node_is_refused_with_its_reason(here, tmp_pa
         pass  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_scripted_replicas_there_answer_what_the_engine_here_answers(here, tmp_path):
     model = base_model(tmp_path / "M0")
     asked = [Request(str(i), ({"role": "user", "content": f"Say {i}."},), n=3, seed=64 * i) for i in range(50)]
@@ -192,7 +192,7 @@ def parquet(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_campaign_whose_actor_is_killed_ends_with_the_same_bytes_and_leaves_no_process(tmp_path):
     ray = ("engine.placement=ray", "engine.replicas=2") if len(hardware.cores()) > 1 else ("engine.placement=ray",)
     disturbed = campaign(tmp_path, "ray", "iterations=1", *ray)
@@ -215,7 +215,7 @@ def test_a_campaign_whose_actor_is_killed_ends_with_the_same_bytes_and_leaves_no
     assert wait_until(lambda: not any(map(alive, seen)), 15)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cluster_that_is_there_is_joined_and_left_as_it_was(here, tmp_path):
     import ray
 
@@ -227,7 +227,7 @@ def test_a_cluster_that_is_there_is_joined_and_left_as_it_was(here, tmp_path):
     assert [node["Alive"] for node in ray.nodes()] == [True]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_campaign_that_is_killed_takes_its_ray_and_its_replicas_with_it(tmp_path):
     killed = campaign(tmp_path, "ray", "engine.placement=ray", "iterations=3")
     try:

@@ -185,7 +185,7 @@ def both(
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("name", ["sft", "lora", "dpo", "soft", "sppo", "scir", "reward"])
 def test_two_ranks_train_what_one_does(name: str, both: Any) -> None:
     job, one, of_two, two = both[name]
@@ -211,7 +211,7 @@ def test_two_ranks_train_what_one_does(name: str, both: Any) -> None:
     assert two.memory_mib > 0
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_mean_is_over_the_tokens_of_all_ranks(both: Any, tiny: Path) -> None:
     """One rank has an answer of 2 tokens, the other one of 30 and more: not the mean of their two means."""
     import torch
@@ -271,7 +271,7 @@ def _to_be_killed(tmp_path: Path, tiny: Path, name: str, launcher: str) -> tuple
     return calm, _of(2, killed, launcher)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_killed_a_rank_and_then_all_of_them_it_ends_as_one_does(child: Any, tiny: Path, tmp_path: Path) -> None:
     quiet, job = _to_be_killed(tmp_path, tiny, "torchrun", "torchrun")
     seen: list[psutil.Process] = []
@@ -305,7 +305,7 @@ def test_killed_a_rank_and_then_all_of_them_it_ends_as_one_does(child: Any, tiny
     assert not _descendants()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_rays_ranks_are_started_again_when_one_dies_and_end_as_one_does(child: Any, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     quiet, job = _to_be_killed(tmp_path, tiny, "ray", "ray")
@@ -329,7 +329,7 @@ def test_rays_ranks_are_started_again_when_one_dies_and_end_as_one_does(child: A
     assert not _descendants()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("launcher", ["torchrun", "ray"])
 def test_no_rank_outlives_who_asked_for_it(launcher: str, tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")

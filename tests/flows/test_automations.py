@@ -67,7 +67,7 @@ def test_the_file_says_what_it_needs_and_holds_no_address():
     assert "hooks.slack.com" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.prefect
 def test_a_server_takes_them_from_the_file(tmp_path):
     import asyncio

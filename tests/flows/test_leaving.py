@@ -65,7 +65,7 @@ def test_the_end_says_how_to_talk_serve_and_take_it_along(model, capsys, monkeyp
     assert f"srlm export c --datasets --root {root}" in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.engine
 def test_the_printed_command_serves_the_model(tmp_path):
     """The `transformers` server on the real 135M model, which starts in seconds; vLLM's is asked for its options."""

@@ -16,7 +16,7 @@ from flows.server import PrefectServer
 from srlm_core import approval, store
 from srlm_core.errors import CancelledByPerson, StoppedByGate, StoppedByPerson
 
-pytestmark = [pytest.mark.prefect, pytest.mark.slow]
+pytestmark = [pytest.mark.prefect, pytest.mark.cluster]
 
 NOT_MEASURED = ('evaluation.models="none"',)
 
