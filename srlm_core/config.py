@@ -548,7 +548,7 @@ class TrainingConfig(Settings):
 
     launcher: Literal["single", "torchrun", "ray"] = "single"
     """Who starts the processes that train a model. `single`: one process. `torchrun`: PyTorch's elastic agent, several
-    on this machine. `ray`: Ray Train, on the machines of the Ray cluster that RAY_ADDRESS names (not set: on this one),
+    on this machine. `ray`: Ray Train, on the machines of the Ray cluster of `engine.ray_address` (none: on this one),
     which share the campaign's folder."""
     ranks: int = Field(default=1, ge=1)
     """Processes that train one model together, each on a GPU of its own, or on its share of the cores where there is no

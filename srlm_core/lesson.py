@@ -181,6 +181,7 @@ def _train_again(run: Run, lesson: Lesson, made_from: str) -> TrainingResult:
         launcher=run.config.training.launcher,
         ranks=run.config.training.ranks,
         fsdp=run.config.training.fsdp,
+        ray_address=run.config.engine.ray_address,
     )
     shutil.rmtree(job.output, ignore_errors=True)
     attempts = len(list(run.campaign.logs.glob(f"training_{lesson.name}_*.log")))

@@ -68,7 +68,7 @@ def _torchrun(job: TrainingJob, described: Path) -> None:
 
 def _ray(job: TrainingJob, described: Path) -> None:
     """Have Ray Train start the ranks on the machines of a cluster; if one dies, it starts all of them again."""
-    own = not os.environ.get("RAY_ADDRESS")
+    own = not _cluster(job)
     os.environ |= _OWN_RAY | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if own else {}
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -84,7 +84,7 @@ def _ray(job: TrainingJob, described: Path) -> None:
             "_temp_dir": scratch,
         }
         try:
-            ray.init(**(here if own else {}))
+            ray.init(**(here if own else {"address": _cluster(job)}))
             on_gpu = _has_room(job, ray.cluster_resources())
             TorchTrainer(
                 _rank,
@@ -97,6 +97,10 @@ def _ray(job: TrainingJob, described: Path) -> None:
         finally:
             ray.shutdown()
             shutil.rmtree(storage, ignore_errors=True)
+
+
+def _cluster(job: TrainingJob) -> str | None:
+    return job.ray_address or os.environ.get("RAY_ADDRESS")
 
 
 def _has_room(job: TrainingJob, resources: Mapping[str, float]) -> bool:
@@ -130,7 +134,7 @@ def main() -> int:
     described = Path(sys.argv[1])
     job = TrainingJob.model_validate_json(described.read_text())
     channel = channel_to_parent()
-    one_machine = job.launcher == "torchrun" or not os.environ.get("RAY_ADDRESS")
+    one_machine = job.launcher == "torchrun" or not _cluster(job)
     if one_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}  # nobody else is to connect

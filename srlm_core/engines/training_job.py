@@ -64,6 +64,8 @@ class TrainingJob(Settings):
     ranks: int = Field(default=1, ge=1)
     fsdp: Literal["off", "full_shard", "shard_grad_op"] = "off"
     """Who trains together, as in config.TrainingConfig."""
+    ray_address: str | None = None
+    """Ray cluster of the ranks, as in config.EngineConfig; null = RAY_ADDRESS, else a Ray of our own."""
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> Self:

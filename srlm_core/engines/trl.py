@@ -635,7 +635,7 @@ def fingerprint(job: TrainingJob) -> str:
     Not who trains together: a run goes on from its checkpoint with another number of ranks. But what FSDP writes, it
     alone reads.
     """
-    left_out = {"rows", "heldout", "output", "work_dir", "threads", "launcher", "ranks"}
+    left_out = {"rows", "heldout", "output", "work_dir", "threads", "launcher", "ranks", "ray_address"}
     said = job.model_dump(mode="json", exclude=left_out | ({"fsdp"} if job.fsdp == "off" else set()))
     said["settings"].pop("checkpoint_every_s")
     said["texts"] = [read_rows(path, job.kind) for path in (job.rows, job.heldout) if path is not None]
