@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from srlm_core.engines.child import PARENT, Channel, channel_to_parent
 from srlm_core.engines.training_job import TrainingJob
@@ -77,7 +78,7 @@ def _ray(job: TrainingJob, described: Path) -> None:
     storage = job.work_dir.resolve() / "ray"  # on the folder that all machines see, as Ray Train asks
     shutil.rmtree(storage, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="srlm_", ignore_cleanup_errors=True) as scratch:
-        here = {
+        here: dict[str, Any] = {
             "_node_ip_address": "127.0.0.1",
             "include_dashboard": False,
             "num_cpus": job.ranks,
