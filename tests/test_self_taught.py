@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from suites.annotator import Annotator
 
-from flows.looking import planned
+from flows.looking import Cluster, planned
 from srlm_core import comparisons, recipes, report, schemas, self_taught, settings, store
 from srlm_core.backend import resolve
 from srlm_core.comparisons import Match
@@ -384,11 +384,11 @@ def test_what_does_not_compare_is_not_taught_to(recipe, sets, said, tmp_path):
     config = recipes.load(recipe, "smoke", list(sets))
     if said is None:
         resolve(config)
-        lines = {line.what: line for line in planned(config, tmp_path, gpus=0)}
+        lines = {line.what: line for line in planned(config, tmp_path, Cluster())}
         passes = 6 if config.seed_data.eft_form == "justified" else 0
         assert lines["texts for EFT"].value == 2 * 48 * (1 + passes)
         return
-    for refusing in (resolve, lambda config: planned(config, tmp_path, gpus=0)):
+    for refusing in (resolve, lambda config: planned(config, tmp_path, Cluster())):
         with pytest.raises(ConfigError, match=said):
             refusing(config)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.looking import planned
+from flows.looking import Cluster, planned
 from srlm_core import eft, judgments, reasoning, recipes, report, settings, show, store
 from srlm_core.backend import resolve
 from srlm_core.config import EngineConfig, JudgmentsConfig, RunConfig, SamplingConfig
@@ -253,7 +253,7 @@ def test_what_cannot_be_scored_by_steps_is_refused(recipe, sets, said, tmp_path)
     if said is None:
         resolve(config)
         return
-    for refusing in (resolve, lambda config: planned(config, tmp_path, gpus=0)):
+    for refusing in (resolve, lambda config: planned(config, tmp_path, Cluster())):
         with pytest.raises(ConfigError, match=said):
             refusing(config)
 

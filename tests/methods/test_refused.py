@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.looking import planned
+from flows.looking import Cluster, planned
 from srlm_core import recipes
 from srlm_core.backend import resolve
 from srlm_core.errors import ConfigError
@@ -43,7 +43,7 @@ def test_by_a_run_and_by_a_plan(recipe, setting, said):
     with pytest.raises(ConfigError, match=said):
         resolve(config)
     with pytest.raises(ConfigError, match=said):
-        planned(config, Path("nowhere"), gpus=0)
+        planned(config, Path("nowhere"), Cluster())
 
 
 def test_recipes_that_extend_one_another_in_a_circle(tmp_path):
