@@ -84,8 +84,9 @@ def _ray(job: TrainingJob, described: Path) -> None:
             "num_cpus": job.ranks,
             "_temp_dir": scratch,
         }
+        there: dict[str, Any] = {"address": _cluster(job)}
         try:
-            ray.init(**(here if own else {"address": _cluster(job)}))
+            ray.init(**(here if own else there))
             on_gpu = _has_room(job, ray.cluster_resources())
             TorchTrainer(
                 _rank,
