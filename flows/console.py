@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from flows.leaving import serve_command
-from srlm_core import table
+from srlm_core import table, weights
 from srlm_core.gates import Gate, in_words
 from srlm_core.store import Campaign
 
@@ -160,7 +160,7 @@ class Console:
             inside = " (within the others)" if name == "engine starts" else ""
             self._terminal.print(f"  {name:<40}{seconds / 60:6.1f} min{inside}", markup=False)
         mine = [row["model"] for row in rows if re.fullmatch(r"M[1-9]\d*", row["model"])]
-        last = [model for model in mine if (self._campaign.model(model) / "complete.json").is_file()][-1:]
+        last = [model for model in mine if (self._campaign.model(model) / weights.MARKER).is_file()][-1:]
         folder, database = self._campaign.folder, root / "mlflow.db"
         tracked = (folder / "mlflow.json").is_file() and database.is_file()
         lines = [

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows import ending, form, slots, worker
 from flows.self_reward import default_name
-from srlm_core import recipes, store
+from srlm_core import recipes, store, weights
 from srlm_core.config import RunConfig
 
 Each = Literal["new campaign", "one more iteration"]
@@ -65,7 +65,7 @@ def tonight(config: RunConfig, base: str, due: datetime, root: Path, *, extend: 
     if extend and earlier:
         newest = earlier[-1].parent
         begun = recipes.validate(store.read_json(newest / "config.json"))
-        last = store.read_json(newest / "models" / f"M{begun.iterations + 1}" / "complete.json")
+        last = weights.marker(newest, f"M{begun.iterations + 1}")
         more = 0 if last is None else 1  # one that was cut off goes on first
         return newest.name, begun.model_copy(update={"iterations": begun.iterations + more})
     return f"{base}-{due:%Y-%m-%d}", config.model_copy(update={"seed": int(f"{due:%Y%m%d}")})

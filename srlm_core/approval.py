@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from srlm_core import store
+from srlm_core import store, weights
 from srlm_core.errors import StoreError
 from srlm_core.summary import campaign_config
 
@@ -41,4 +41,4 @@ def decide(folder: Path, *, go_on: bool) -> int:
 
 
 def _digest(folder: Path, number: int) -> str | None:
-    return (store.read_json(folder / "models" / f"M{number}" / "complete.json") or {}).get("digest")
+    return (weights.marker(folder, f"M{number}") or {}).get("digest")

@@ -63,6 +63,7 @@ def model_card(folder: Path, config: RunConfig, model: str, base: Path | None, d
                                  ("Its answers", content["answered"])) if lines
         },
         packages=_packages(folder), data_repo=data_repo,
+        ift=_shown(config.seed_data.ift), eft=_shown(config.seed_data.eft),
     )  # fmt: skip
     data = ModelCardData(
         base_model=config.model.path if hub_id(config.model.path) else None,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from srlm_core import store, weights
+from srlm_core import gates, store, weights
 from srlm_core.config import RunConfig
 from srlm_core.methods import METHODS, method_of
 from srlm_core.run import BASELINE, Run
@@ -72,7 +72,7 @@ def _is_to_be_measured(folder: Path, config: RunConfig, name: str) -> bool:
     if not re.fullmatch(measured, name):
         return False
     results = store.read_json(folder / "evaluation" / name / "results.json") or {}
-    marker = store.read_json(folder / "models" / name / weights.MARKER) or {}
+    marker = weights.marker(folder, name) or {}
     return results.get("digest") != marker.get("digest")
 
 
@@ -92,12 +92,8 @@ def keep_last(run: Run, done: int) -> None:
 
 def champions(folder: Path) -> set[str]:
     """Name the last model that passed its gates, if there is one: others may serve it."""
-    passed: set[str] = set()
-    for kept in [*folder.glob("iter_*/gates.json"), *folder.glob("evaluation/M*/gates.json")]:
-        told = store.read_json(kept) or {}
-        if told and all(gate["passed"] is not False for gate in told["gates"]):
-            passed.add(told["model"])
-    return {max(passed, key=lambda name: int(name[1:]))} if passed else set()
+    passed = [t for t, asked in gates.read(folder).items() if gates.verdict(asked)]
+    return {f"M{max(passed)}"} if passed else set()
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from srlm_core import store, summary
+from srlm_core import store, summary, weights
 from srlm_core.config import GatesConfig, RunConfig
 from srlm_core.counting import read_iteration
 from srlm_core.rates import Rate, rate
@@ -233,7 +233,7 @@ def read(folder: Path) -> dict[int, list[Gate]]:
     """Read the gates of every M_t that is still what they were asked of, by t."""
     found: dict[int, list[Gate]] = {}
     for t in range(1, len(list(folder.glob("models/M*"))) + 1):
-        marker = store.read_json(folder / "models" / f"M{t}" / "complete.json") or {}
+        marker = weights.marker(folder, f"M{t}") or {}
         for kept in map(store.read_json, _homes(folder, t)):
             if kept is not None and kept["digest"] == marker.get("digest"):
                 found.setdefault(t, [Gate(**gate) for gate in kept["gates"]])

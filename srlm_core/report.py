@@ -26,6 +26,7 @@ from srlm_core import (
     store,
     summary,
     table,
+    weights,
 )
 from srlm_core.config import RunConfig
 from srlm_core.measures import OF_THE_ANSWERS, OF_THE_ITERATION, OF_THE_JUDGE, suite_measures
@@ -290,7 +291,7 @@ def _trainings(folder: Path, found: Summary) -> list[dict[str, str]]:
     shown: list[dict[str, str]] = []
     for model in found.models:
         of = summary.training_metrics(folder, model)
-        marker = store.read_json(folder / "models" / model / "complete.json") or {}
+        marker = weights.marker(folder, model) or {}
         if of:
             first, last = spell(of.get("training/loss_first")), spell(of.get("training/loss"))
             shown.append(

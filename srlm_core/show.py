@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srlm_core import comparisons, counting, judgments, store, summary
+from srlm_core import comparisons, counting, judgments, store, summary, weights
 from srlm_core.config import RunConfig
 from srlm_core.errors import DataError
 from srlm_core.responses import DATASETS as RESPONSES
@@ -271,7 +271,7 @@ def trained(folder: Path, pair_id: str) -> list[str]:
     result: list[str] = []
     for t in summary.iterations(folder):
         iteration, model = folder / f"iter_{t:02d}", f"M{t + 1}"
-        done = (folder / "models" / model / "complete.json").exists()
+        done = (folder / "models" / model / weights.MARKER).exists()
         left_out = _rows(iteration / "drops" / f"part-training-{model}.parquet", columns=None, wanted=("id", [pair_id]))
         if left_out:
             result.append(f"{model} (left out: {left_out[0]['reason']})")

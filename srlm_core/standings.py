@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srlm_core import comparison, settings, side_by_side, store, summary
+from srlm_core import comparison, settings, side_by_side, store, summary, weights
 from srlm_core.config import RunConfig
 from srlm_core.methods import METHODS, method_of
 from srlm_core.rates import Rate, rate
@@ -74,7 +74,7 @@ def spent(folder: Path, config: RunConfig | None) -> Spent | None:
     for t in range(config.iterations + 1):
         root = folder / f"iter_{t:02d}" if t else folder / "bootstrap"
         before = counted.total()
-        trained = store.read_json(folder / "models" / f"M{t + 1}" / "complete.json")
+        trained = weights.marker(folder, f"M{t + 1}")
         if trained is None:
             return None
         counted["answering"] += trained.get("tokens", 0)  # where a model answers while it trains
@@ -117,7 +117,7 @@ class Campaign(NamedTuple):
     def read(cls, folder: Path) -> "Campaign":
         """Read a folder."""
         found = summary.collect(folder)
-        config, marker = found.config, store.read_json(folder / "models" / summary.BASELINE / "complete.json")
+        config, marker = found.config, weights.marker(folder, summary.BASELINE)
         last = f"M{config.iterations + 1}" if config else found.models[-1]
         prompts = frozenset(_prompt_ids(folder, found))
         seed = config.seed if config else 0

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from srlm_core import store
+from srlm_core import store, weights
 from srlm_core.config import RunConfig
 from srlm_core.counting import SURPLUS, IterationCounts, Mean, entropy_bits, read_iteration, spearman
 
@@ -35,7 +35,7 @@ def models(folder: Path) -> list[str]:
 
     A model that was trained on the way, for a later step to ask, is none of them.
     """
-    trained = {path.parent.name for path in folder.glob("models/*/complete.json")}
+    trained = {path.parent.name for path in folder.glob(f"models/*/{weights.MARKER}")}
     found = {BASE} | {name for name in trained if name == BASELINE or re.fullmatch(r"M\d+", name)}
     found |= {path.parent.name for path in folder.glob("evaluation/*/results.json")} - {"head_to_head", "votes"}
     return sorted(found, key=_place)
@@ -147,7 +147,7 @@ def training_metrics(folder: Path, model: str) -> dict[str, float]:
         values = [row[column] for row in curve if row.get(column) is not None]
         last = values[-math.ceil(len(values) / 10) :] if values else []
         found[f"training/{name}"] = math.fsum(last) / len(last) if last else None
-    marker = store.read_json(folder / "models" / model / "complete.json") or {}
+    marker = weights.marker(folder, model) or {}
     found["training/n_rows"], found["training/steps"] = marker.get("rows"), marker.get("steps")
     found["training/seconds"] = marker.get("seconds")
     work_dir = training_folder(folder, model)
@@ -186,7 +186,7 @@ def _rows_of(path: Path) -> float | None:
 def evaluation_results(folder: Path, model: str) -> dict[str, Any] | None:
     """Read a model's results.json; None where there is none, or it is about weights that have been replaced."""
     results = store.read_json(folder / "evaluation" / model / "results.json")
-    marker = store.read_json(folder / "models" / model / "complete.json")
+    marker = weights.marker(folder, model)
     stale = results is not None and marker is not None and results.get("digest") != marker["digest"]
     return None if stale else results
 
@@ -332,7 +332,7 @@ def _missing(folder: Path, config: RunConfig | None, counted: Mapping[int, Itera
             "config.json is absent or from another version, so what a finished campaign would hold is not known",
         ]
     policies = [f"M{t}" for t in range(1, config.iterations + 2)]
-    trained = [model for model in [BASELINE, *policies] if (folder / "models" / model / "complete.json").exists()]
+    trained = [model for model in [BASELINE, *policies] if (folder / "models" / model / weights.MARKER).exists()]
     lacking += [f"iteration {t} has not begun" for t in range(1, config.iterations + 1) if t not in counted]
     lacking += [f"{model} is not trained yet" for model in [BASELINE, *policies] if model not in trained]
     if config.evaluation.models == "none":

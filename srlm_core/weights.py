@@ -15,6 +15,11 @@ DROPPED = "dropped.json"
 """Where it is, the weights are gone on purpose."""
 
 
+def marker(folder: Path, model: str) -> dict[str, Any] | None:
+    """Read what a campaign's folder says of a finished model: its digest, and what it was trained of; None before."""
+    return store.read_json(folder / "models" / model / MARKER)
+
+
 def files(folder: Path) -> list[Path]:
     """List the files that hold a model's weights, with the scripted model's one."""
     return sorted([*folder.glob("*.safetensors"), *folder.glob("scripted.json")])

@@ -247,7 +247,7 @@ class Record:
 
     def trained(self, model: str) -> None:
         """Log a finished training: its curve, what it was trained on, and the model."""
-        marker = store.read_json(self._campaign.model(model) / "complete.json")
+        marker = weights.marker(self._campaign.folder, model)
         if marker is None:
             return
         child = self._child(model, marker["digest"])
@@ -265,7 +265,7 @@ class Record:
         digest = (summary.evaluation_results(self._campaign.folder, model) or {}).get("digest")
         if digest is None:
             return
-        marker = store.read_json(self._campaign.model(model) / "complete.json") or {"digest": digest}
+        marker = weights.marker(self._campaign.folder, model) or {"digest": digest}
         number = re.fullmatch(r"M(\d+)", model)
         run, step = (self._parent, int(number[1])) if number else (self._child(model, marker["digest"]), 0)
         measured = summary.model_metrics(self._campaign.folder, model)
@@ -289,7 +289,7 @@ class Record:
         known = [(gate.name, float(gate.passed)) for gate in asked if gate.passed is not None]
         self._parent.log([Point(f"gate/{name}", passed, t) for name, passed in known], revise=True)
         self.tag({f"gate/M{t}": gates.in_words(asked)})
-        marker = store.read_json(self._campaign.model(f"M{t}") / "complete.json")
+        marker = weights.marker(self._campaign.folder, f"M{t}")
         # the last one that passed, also where MLflow was away when it did
         if marker is not None and t == max((s for s, of in found.items() if gates.verdict(of)), default=None):
             self._registry.crown(self._version(f"M{t}", marker))

@@ -9,15 +9,16 @@ from made_up import campaign as made_up
 from typer.testing import CliRunner
 
 from flows.cli import app
-from srlm_core import cleaning, recipes, store, summary, weights
+from srlm_core import cleaning, gates, recipes, store, summary, weights
 from srlm_core.engines import models
 from srlm_core.errors import ModelError, SrlmError
+from srlm_core.gates import Gate
 from srlm_core.mirror import Mirror
 from srlm_core.report import write_report
 from srlm_core.store import Campaign
 
 
-def settings(*overrides, recipe="self_rewarding", **changes):
+def settings(*overrides, recipe="self_rewarding"):
     return recipes.load(recipe, "smoke", overrides=[*TINY, *overrides])
 
 
@@ -208,9 +209,11 @@ def test_weights_that_another_campaign_holds_too_give_no_room(finished, tmp_path
 
 def test_what_is_kept_champions_and_what_is_not_measured_yet_stays(finished, tmp_path):
     (finished / "evaluation" / "sft_baseline" / "results.json").unlink()
-    failed = {"model": "M2", "gates": [{"name": "ties", "passed": False}]}
-    store.write_json(finished / "evaluation" / "M2" / "gates.json", failed)
-    store.write_json(finished / "iter_01" / "gates.json", {"model": "M1", "gates": [{"name": "ties", "passed": True}]})
+    for t, passed in ((1, True), (2, False)):
+        gate = Gate("win_rate", 0.6, 0.05, 16, 0.5, passed, "")
+        digest = store.read_json(finished / "models" / f"M{t}" / "complete.json")["digest"]
+        gates.keep(finished, t, settings("iterations=1"), digest, [gate])
+    assert cleaning.champions(finished) == {"M1"}
     assert not [one for one in cleaning.find(Campaign(tmp_path, finished.name), settings()) if one.model]
     (finished / "iter_01" / "gates.json").unlink()
     assert "weights of M1" not in cli("clean", finished.name, "--root", tmp_path, "--keep", "M1")

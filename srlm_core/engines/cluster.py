@@ -58,8 +58,16 @@ _overbooked = 1
 # --- the cluster ----------------------------------------------------------------------------------------------------
 
 
-def connect(address: str | None) -> None:
-    """Connect this process to the cluster, once; it stays so until `leave`, or its end. Raises ConfigError."""
+def named(address: str | None) -> str | None:
+    """Say which cluster is meant: the one of the setting, else of the environment; None for a Ray of our own."""
+    return address or os.environ.get("RAY_ADDRESS")
+
+
+def connect(address: str | None, *, aloud: bool = False) -> None:
+    """Connect this process to the cluster, once; it stays so until `leave`, or its end. Raises ConfigError.
+
+    `aloud`: what actors print is printed here, too.
+    """
     global _leave, _whose, _overbooked
     try:
         import ray
@@ -72,12 +80,12 @@ def connect(address: str | None) -> None:
     with _lock:
         if ray.is_initialized():
             return
-        address = address or os.environ.get("RAY_ADDRESS")
+        address = named(address)
         with contextlib.ExitStack() as opened:
             _whose = f"the Ray cluster at {address}" if address else "the Ray on this machine"
             _overbooked = 1 if address else _AT_ONCE
             where = _reached(address) if address else opened.enter_context(_own())
-            _join(where)
+            _join(where, aloud=aloud)
             opened.callback(ray.shutdown)
             _leave = opened.pop_all()
     atexit.register(leave)
@@ -112,11 +120,11 @@ def _reached(address: str) -> str:
     return address
 
 
-def _join(address: str) -> None:
+def _join(address: str, *, aloud: bool) -> None:
     import ray
 
     def join() -> None:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, log_to_driver=aloud, logging_level=logging.ERROR)
 
     try:
         with ThreadPoolExecutor(1) as elsewhere:  # in the main thread it would take SIGTERM from us
@@ -176,6 +184,12 @@ def _lead(folder: str, cores: str, gpus: str) -> None:
 
 
 # --- what it has ----------------------------------------------------------------------------------------------------
+
+
+def total() -> dict[str, float]:
+    """Say what all nodes really have, together."""
+    nodes = [_resources(node) for node in _nodes()]
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
 
 
 def share(config: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:

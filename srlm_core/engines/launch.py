@@ -6,17 +6,15 @@ the parent: a rank may be on another machine, and no library here hands a socket
 
 import json
 import os
-import secrets
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from srlm_core.engines import cluster
 from srlm_core.engines.child import PARENT, Channel, channel_to_parent
 from srlm_core.engines.training_job import TrainingJob
 from srlm_core.errors import SrlmError, TrainingFailed
@@ -24,8 +22,6 @@ from srlm_core.errors import SrlmError, TrainingFailed
 _POLL_S = 0.1
 _ATTEMPTS = 2
 """Of Ray: a group of ranks that died is started once more, as an engine is."""
-_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Environment of a Ray of our own, which nobody else is to join. The last one keeps it on loopback."""
 
 
 @contextmanager
@@ -69,40 +65,24 @@ def _torchrun(job: TrainingJob, described: Path) -> None:
 
 def _ray(job: TrainingJob, described: Path) -> None:
     """Have Ray Train start the ranks on the machines of a cluster; if one dies, it starts all of them again."""
-    own = not _cluster(job)
-    os.environ |= _OWN_RAY | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} if own else {}
-    import ray
+    cluster.connect(job.ray_address, aloud=True)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     storage = job.work_dir.resolve() / "ray"  # on the folder that all machines see, as Ray Train asks
     shutil.rmtree(storage, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="srlm_", ignore_cleanup_errors=True) as scratch:
-        here: dict[str, Any] = {
-            "_node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-            "num_cpus": job.ranks,
-            "_temp_dir": scratch,
-        }
-        there: dict[str, Any] = {"address": _cluster(job)}
-        try:
-            ray.init(**(here if own else there))
-            on_gpu = _has_room(job, ray.cluster_resources())
-            TorchTrainer(
-                _rank,
-                train_loop_config={"job": str(described.resolve())},
-                scaling_config=ScalingConfig(num_workers=job.ranks, use_gpu=on_gpu),
-                run_config=RunConfig(
-                    name="ranks", storage_path=str(storage), failure_config=FailureConfig(max_failures=_ATTEMPTS - 1)
-                ),
-            ).fit()
-        finally:
-            ray.shutdown()
-            shutil.rmtree(storage, ignore_errors=True)
-
-
-def _cluster(job: TrainingJob) -> str | None:
-    return job.ray_address or os.environ.get("RAY_ADDRESS")
+    try:
+        TorchTrainer(
+            _rank,
+            train_loop_config={"job": str(described.resolve())},
+            scaling_config=ScalingConfig(num_workers=job.ranks, use_gpu=_has_room(job, cluster.total())),
+            run_config=RunConfig(
+                name="ranks", storage_path=str(storage), failure_config=FailureConfig(max_failures=_ATTEMPTS - 1)
+            ),
+        ).fit()
+    finally:
+        cluster.leave()
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _has_room(job: TrainingJob, resources: Mapping[str, float]) -> bool:
@@ -136,7 +116,7 @@ def main() -> int:
     described = Path(sys.argv[1])
     job = TrainingJob.model_validate_json(described.read_text())
     channel = channel_to_parent()
-    one_machine = job.launcher == "torchrun" or not _cluster(job)
+    one_machine = job.launcher == "torchrun" or not cluster.named(job.ray_address)
     if one_machine and not os.environ.get("GLOO_SOCKET_IFNAME"):
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}  # nobody else is to connect

@@ -5,24 +5,10 @@ from pathlib import Path
 import msgspec
 
 from srlm_core.config import EngineConfig
+from srlm_core.engines import messages
 from srlm_core.engines.child import Channel, channel_to_parent
 from srlm_core.engines.local import LocalEngine
-from srlm_core.engines.messages import (
-    Answer,
-    Appraise,
-    Appraised,
-    Chosen,
-    Completed,
-    Draw,
-    Forget,
-    FromParent,
-    Question,
-    Ready,
-    Refused,
-    Start,
-    Weigh,
-    Weighed,
-)
+from srlm_core.engines.messages import Answer, Forget, FromParent, Question, Ready, Refused, Start
 from srlm_core.engines.scripted import ScriptedEngine
 from srlm_core.errors import ModelError
 
@@ -37,13 +23,13 @@ class ScriptedReplicas(LocalEngine):
 
 def answers(engine: ScriptedEngine, asked: Question) -> list[Answer]:
     """Answer one question."""
-    if isinstance(asked, Draw):
-        return [Completed(asked.key, done) for done in engine.generate([asked.request])]
-    if isinstance(asked, Weigh):
-        return [Weighed(asked.key, done) for done in engine.logprobs([asked.row])]
-    if isinstance(asked, Appraise):
-        return [Appraised(asked.key, done) for done in engine.rewards([asked.row])]
-    return [Chosen(asked.key, done) for done in engine.token_scores([asked.request], asked.choices)]
+    if isinstance(asked, messages.Draw):
+        return [messages.Completed(asked.key, done) for done in engine.generate([asked.request])]
+    if isinstance(asked, messages.Weigh):
+        return [messages.Weighed(asked.key, done) for done in engine.logprobs([asked.row])]
+    if isinstance(asked, messages.Appraise):
+        return [messages.Appraised(asked.key, done) for done in engine.rewards([asked.row])]
+    return [messages.Chosen(asked.key, done) for done in engine.token_scores([asked.request], asked.choices)]
 
 
 def main() -> None:

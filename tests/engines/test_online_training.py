@@ -21,13 +21,6 @@ ENDS = [2, *range(10, 49152, 10)]
 
 
 @pytest.fixture(scope="module")
-def child() -> Any:
-    from srlm_core.engines import trl
-
-    return trl
-
-
-@pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy that ends a turn now and then: every tenth token is one that ends it."""
     folder = tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)

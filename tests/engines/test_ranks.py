@@ -14,7 +14,6 @@ import pytest
 from engines import test_reward_training as rewarding
 from engines import test_scir_training as unlabelled
 from engines import test_training as alone
-from engines.tiny import tiny_model
 
 from srlm_core import recipes
 from srlm_core.backend import resolve
@@ -24,23 +23,6 @@ from srlm_core.errors import ConfigError, TrainingFailed
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def child() -> Any:
-    from srlm_core.engines import trl
-
-    return trl
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
-
-
-@pytest.fixture(scope="module")
-def other(tiny: Path) -> Path:
-    return tiny_model(tiny.with_name("other"), seed=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- steps

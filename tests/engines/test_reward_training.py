@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from engines.tiny import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,18 +22,6 @@ from srlm_core.errors import ModelError, TrainingFailed
 pytestmark = pytest.mark.engine
 
 WORDS = ("a", "model", "learns", "from", "what", "it", "says", "and", "keeps", "better", "of", "two", "answers")
-
-
-@pytest.fixture(scope="module")
-def child() -> Any:
-    from srlm_core.engines import trl
-
-    return trl
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
 
 
 def groups(n: int, seed: int = 0) -> list[dict[str, Any]]:

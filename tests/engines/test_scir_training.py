@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from engines.tiny import tiny_model
 
 from srlm_core import comparisons, schemas, training
 from srlm_core.config import DpoConfig
@@ -21,23 +20,6 @@ WORDS = ("a", "model", "learns", "from", "what", "it", "says", "and", "keeps", "
 UNHURRIED = {"learning_rate": 1e-12, "final_learning_rate": 0, "max_grad_norm": 1e9}
 """A step that moves nothing and cuts nothing: what is measured after it was there before it."""
 LOGGED = ("agreement", "masked", "order_flips", "generative_confidence", "implicit_confidence", "divergence", "entropy")
-
-
-@pytest.fixture(scope="module")
-def child() -> Any:
-    from srlm_core.engines import trl
-
-    return trl
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
-
-
-@pytest.fixture(scope="module")
-def other(tiny: Path) -> Path:
-    return tiny_model(tiny.with_name("other"), seed=1)
 
 
 def pairs(n: int) -> pa.Table:

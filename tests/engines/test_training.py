@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from engines.tiny import tiny_model
 
 from srlm_core.config import DpoConfig, SftConfig
 from srlm_core.engines.training_job import TrainingJob, train
@@ -27,26 +26,6 @@ pytestmark = pytest.mark.engine
 WORDS = ("a", "model", "learns", "from", "what", "it", "says", "and", "keeps", "better", "of", "two", "answers")
 ROLES = ("chosen", "rejected")
 CERTAIN = {"label": 1.0, "weight": 1.0, "chosen_score": None, "rejected_score": None}
-
-
-@pytest.fixture(scope="session")
-def child() -> Any:
-    """The child's module, imported into the test: most claims need no process of their own."""
-    from srlm_core.engines import trl
-
-    return trl
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers and 64 dimensions behind SmolLM2's tokenizer and chat template."""
-    return tiny_model(tmp_path_factory.mktemp("models") / "M0", seed=0)
-
-
-@pytest.fixture(scope="session")
-def other(tiny: Path) -> Path:
-    """Another random model of the same shape."""
-    return tiny_model(tiny.with_name("other"), seed=1)
 
 
 def _text(rng: random.Random, most: int = 12) -> str:
