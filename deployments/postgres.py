@@ -2,11 +2,11 @@
 
 import os
 import pwd
+import secrets
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Self
 
 from srlm_core.engines.child import Child
 from srlm_core.errors import SrlmError
@@ -18,11 +18,12 @@ DEBIANS = "/usr/lib/postgresql/*/bin"
 
 
 class Postgres:
-    """Started on entering, ended on leaving; no port is opened. Where we are root, it runs as its own user."""
+    """A server that can be stopped and started again; no port is opened. Where we are root, it runs as its own user."""
 
     def __init__(self, home: Path) -> None:
         self._data, self._log = home / "postgres", home / "postgres.log"
-        self._sockets = Path(tempfile.gettempdir()) / "unused"
+        # a socket's path may be 107 bytes long, and a root's may be longer
+        self._sockets = Path(tempfile.gettempdir()) / f"srlm-pg-{secrets.token_hex(4)}"
         self._child: Child | None = None
 
     @staticmethod
@@ -30,9 +31,9 @@ class Postgres:
         """Whether it is installed, and there is a user to run it as."""
         return _program("postgres") is not None and (os.geteuid() != 0 or _servant() is not None)
 
-    def __enter__(self) -> Self:
-        # a socket's path may be 107 bytes long, and a root's may be longer
-        self._sockets = Path(tempfile.mkdtemp(prefix="srlm-pg-"))
+    def start(self) -> None:
+        """Start it; lay out the cluster and its databases where they are not there yet."""
+        self._sockets.mkdir(mode=0o700)  # whoever made it before us has no business there
         self._data.mkdir(mode=0o700, exist_ok=True)
         servant = _servant() if os.geteuid() == 0 else None
         if servant is not None:
@@ -49,12 +50,17 @@ class Postgres:
             )
             if not found.strip():
                 self._run("createdb", *self._where(name))
-        return self
 
-    def __exit__(self, *exc: object) -> None:
+    def ended(self) -> bool:
+        """Whether it ended by itself."""
+        return self._child is not None and self._child.process.poll() is not None
+
+    def stop(self) -> None:
+        """End it cleanly."""
         if self._child is not None:
             self._child.process.terminate()  # passed on as SIGINT: a fast, clean end
             self._child.close(15.0)
+            self._child = None
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def url(self, database: str, driver: str) -> str:

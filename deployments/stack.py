@@ -12,11 +12,10 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import yaml
 
@@ -29,6 +28,8 @@ ENTRYPOINT = Path(__file__).parent / "docker" / "entrypoint.sh"
 """Of the images, too."""
 SERVERS, SET_UP, WORKER = ("prefect", "mlflow"), "set-up", "worker-cpu"
 STARTUP_S, GRACE_S = 180.0, 15.0
+SETTLED_S = 30.0
+"""What lived shorter than this will not live longer the next time."""
 
 
 class Stopped(Exception):
@@ -91,44 +92,102 @@ def surroundings(root: Path, home: Path, database: Postgres | None, at: Addresse
     }
 
 
-@contextmanager
-def stack(root: Path, prefect_port: int = 4200, mlflow_port: int = 5000) -> Iterator[Addresses]:
-    """Start everything, yield where it is, end everything.
+class Stack:
+    """All services, started in their order on entering; each can be stopped and started again alone.
 
     Raises SrlmError where a port is taken or a service does not come up, with its own last words.
     """
-    at = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}")
-    for port, setting in ((prefect_port, "SRLM_PREFECT_PORT"), (mlflow_port, "SRLM_MLFLOW_PORT")):
-        _require_free(port, setting)
-    home = root / ".stack"
-    home.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as up:
-        database = up.enter_context(Postgres(home)) if Postgres.here() else None
-        if database is None:
+
+    def __init__(self, root: Path, prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
+        self.root, self.home = root, root / ".stack"
+        self.at = Addresses(f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}")
+        self._ports = {"SRLM_PREFECT_PORT": prefect_port, "SRLM_MLFLOW_PORT": mlflow_port}
+        self._health = {"prefect": f"{self.at.prefect}/api/health", "mlflow": f"{self.at.mlflow}/health"}
+        self._commands = commands()
+        self._services: dict[str, _Running] = {}
+        self.database = Postgres(self.home) if Postgres.here() else None
+
+    def __enter__(self) -> Self:
+        for setting, port in self._ports.items():
+            _require_free(port, setting)
+        self.home.mkdir(parents=True, exist_ok=True)
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name in reversed(list(self._services)):
+            self.stop(name)
+        if self.database is not None:
+            self.database.stop()
+
+    def _start_all(self) -> None:
+        if self.database is not None:
+            self.database.start()
+        else:
             _say("PostgreSQL is not installed: SQLite, which is enough for one person. `apt install postgresql`")
-        around, run = surroundings(root, home, database, at), commands()
-        services = {name: up.enter_context(_service(name, run[name], home, around)) for name in SERVERS}
-        _await(services, {"prefect": f"{at.prefect}/api/health", "mlflow": f"{at.mlflow}/health"})
-        with _service(SET_UP, run[SET_UP], home, around) as set_up:
-            if set_up.wait(STARTUP_S) != 0:
-                raise SrlmError(f"{SET_UP}: expected it to finish, but {set_up.obituary()}")
-        services[WORKER] = up.enter_context(_service(WORKER, run[WORKER], home, around))
-        _watched.update(services)
-        yield at
+        for name in SERVERS:
+            self.start(name)
+        self.await_servers()
+        self.start(SET_UP)
+        set_up = self._services[SET_UP].child
+        if set_up.wait(STARTUP_S) != 0:
+            raise SrlmError(f"{SET_UP}: expected it to finish, but {set_up.obituary()}")
+        self.stop(SET_UP)
+        self.start(WORKER)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every service is told of the others; a client beside them needs the same."""
+        return surroundings(self.root, self.home, self.database, self.at)
 
-_watched: dict[str, Child] = {}
+    def start(self, name: str) -> None:
+        """Start one service."""
+        command = ["sh", str(ENTRYPOINT), *self._commands[name]]
+        child = Child("deployments.command", command, log=self.home / f"{name}.log", env=self.environment)
+        self._services[name] = _Running(child, time.monotonic())
 
-
-@contextmanager
-def _service(name: str, command: list[str], home: Path, around: Mapping[str, str]) -> Iterator[Child]:
-    """Run one command as a child; first asked to end, then made to."""
-    child = Child("deployments.command", ["sh", str(ENTRYPOINT), *command], log=home / f"{name}.log", env=around)
-    try:
-        yield child
-    finally:
+    def stop(self, name: str) -> None:
+        """End one service: it is asked to, and then made to."""
+        child = self._services.pop(name).child
         child.process.terminate()
         child.close(GRACE_S)
+
+    def await_servers(self) -> None:
+        """Wait until both servers answer."""
+        until = time.monotonic() + STARTUP_S
+        for name, url in self._health.items():
+            while not _answers(url):
+                child = self._services[name].child
+                if child.wait(0.5) is not None or time.monotonic() > until:
+                    raise SrlmError(f"{name}: expected it to answer at {url}, but {child.obituary()}")
+
+    def watch(self) -> NoReturn:
+        """Start again what ends by itself, as compose would; raises SrlmError for what ends again at once."""
+        while True:
+            time.sleep(0.5)
+            if self.database is not None and self.database.ended():
+                _say("postgres ended, and is started again")
+                self.database.stop()
+                self.database.start()
+            for name, (child, since) in list(self._services.items()):
+                if child.process.poll() is None:
+                    continue
+                if time.monotonic() - since < SETTLED_S:
+                    raise SrlmError(f"{name}: expected it to go on, but {child.obituary()}")
+                _say(f"{name} ended, and is started again ({child.log})")
+                child.close()
+                self.start(name)
+
+
+class _Running(NamedTuple):
+    """A service that was started, and when."""
+
+    child: Child
+    since: float
 
 
 def _require_free(port: int, setting: str) -> None:
@@ -140,28 +199,12 @@ def _require_free(port: int, setting: str) -> None:
             )
 
 
-def _await(services: Mapping[str, Child], health: Mapping[str, str]) -> None:
-    until = time.monotonic() + STARTUP_S
-    for name, url in health.items():
-        while not _answers(url):
-            if services[name].wait(0.5) is not None or time.monotonic() > until:
-                raise SrlmError(f"{name}: expected it to answer at {url}, but {services[name].obituary()}")
-
-
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status == 200
     except OSError:
         return False
-
-
-def _watch() -> NoReturn:
-    """Wait until a service ends; it should not."""
-    while True:
-        for name, child in _watched.items():
-            if child.wait(0.5) is not None:
-                raise SrlmError(f"{name}: expected it to go on, but {child.obituary()}")
 
 
 def _say(text: str) -> None:
@@ -183,13 +226,14 @@ def main() -> int:
         "mlflow_port": int(os.environ.get("SRLM_MLFLOW_PORT", "5000")),
     }
     try:
-        with stack(root, **ports) as at:
+        with Stack(root, **ports) as stack:
+            at = stack.at
             _say(
                 f"Prefect   {at.prefect}   start a flow: Deployments, self-reward, Run\n"
                 f"MLflow    {at.mlflow}   compare iterations: Experiments, srlm\n"
                 f"campaigns {root}\nlogs      {root / '.stack'}\nCtrl-C stops all of it; nothing is lost."
             )
-            _watch()
+            stack.watch()
     except Stopped:
         _say("stopped.")
         return 0

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
@@ -33,7 +34,7 @@ class Artifacts:
 
     def __init__(self, campaign: Campaign, tracked_at: Callable[[], str | None]) -> None:
         self._campaign, self._tracked_at = campaign, tracked_at
-        self._behind = Background("Prefect artifacts", "The campaign goes on without them.")
+        self._behind = Background("Prefect artifacts", "The campaign goes on; they follow once it is back.", _away)
         self._client: SyncPrefectClient | None = None
         self._bars: dict[str, Bar] = {}
 
@@ -96,6 +97,12 @@ class Artifacts:
         if where:
             text = f"[MLflow run]({where})" if where.startswith("http") else f"    {where}"
             publish("markdown", "mlflow-run", text, "Curves, metrics and models of the campaign")
+
+
+def _away(error: Exception) -> bool:
+    """Say whether the server may take later what it does not take now."""
+    code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+    return code >= 500 if code is not None else isinstance(error, httpx.HTTPError)
 
 
 class Publisher:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
+from uuid import UUID
 
 from prefect import Flow, Task
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -11,6 +13,7 @@ from flows import asking
 from flows.bootstrap import bootstrap
 from flows.evaluate import evaluate
 from flows.iteration import iteration
+from flows.missed import TaskRuns
 from srlm_core import interrupts
 from srlm_core.executor import Pending, Work
 from tasks.evaluation import evaluation
@@ -53,6 +56,7 @@ class PrefectExecutor:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self.task_runs = TaskRuns()
 
     def __enter__(self) -> Self:
         return self
@@ -71,11 +75,17 @@ class PrefectExecutor:
             made.append(work.run())
             return made[-1]
 
-        return Shown(task_for(work.stage).submit(work.name, make, wait_for=waits_for), earlier, made)
+        task, inside = task_for(work.stage), flow_run_id()
+        future = task.submit(work.name, make, wait_for=waits_for)
+        future.add_done_callback(lambda done: self.task_runs.note(task, work.name, inside, done.state))
+        return Shown(future, earlier, made)
 
     def run(self, work: Work[T]) -> T:
         interrupts.check()
-        return task_for(work.stage)(work.name, work.run)
+        task = task_for(work.stage)
+        state = task(work.name, work.run, return_state=True)
+        self.task_runs.note(task, work.name, flow_run_id(), state)
+        return state.result()
 
     def flow(self, kind: str, name: str, run: Callable[[], T]) -> T:
         """Run a turn of the loop as a sub-flow, with threads of its own."""
@@ -89,6 +99,12 @@ class PrefectExecutor:
 def _with_threads(flow: Flow[..., Any], workers: int) -> Flow[..., Any]:
     runner: Any = ThreadPoolTaskRunner(workers)
     return flow.with_options(task_runner=runner)
+
+
+def flow_run_id() -> UUID | None:
+    """Return the id of the flow run that we are in."""
+    context = FlowRunContext.get()
+    return context.flow_run.id if context and context.flow_run else None
 
 
 def task_for(stage: str) -> Task[..., Any]:

@@ -94,7 +94,7 @@ def _ended(folder: Path, run: Callable[[], None]) -> State[Any]:
 def show(run: Run, tracking: Tracking | None) -> None:
     """Run a campaign that is put together already, as the flow `self-reward` or inside the one that is under way."""
     artifacts = Artifacts(run.campaign, tracking.where if tracking else lambda: None)
-    run.executor = PrefectExecutor(workers(run.config))
+    run.executor = executor = PrefectExecutor(workers(run.config))
     run.observers = [*run.observers, _Introduction(tracking), artifacts]
     token = _prepared.set(run)
     try:
@@ -102,6 +102,11 @@ def show(run: Run, tracking: Tracking | None) -> None:
             _go_through(run)
         else:
             self_reward(**_asked(run))
+    except Exception:
+        executor.task_runs.settle()
+        raise
+    else:
+        executor.task_runs.settle()
     finally:
         _prepared.reset(token)
         artifacts.close()

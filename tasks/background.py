@@ -11,23 +11,28 @@ from typing import Any
 
 log = logging.getLogger("srlm")
 
-PATIENCE = 3
-"""Failures in a row after which nothing more is tried: a server that is gone must not hold up the end."""
+PAUSE_S = 3.0
+"""Between two tries of what failed because a server is away."""
+PATIENCE_S = 600.0
+"""Longest time that one thing is tried: a server may answer and yet never take it."""
 
 
 class Background:
-    """Does what it is handed, one thing after the other, in the context that it was made in."""
+    """Does what it is handed, one thing after the other, in the context that it was made in.
 
-    def __init__(self, name: str, consequence: str) -> None:
-        self._name, self._consequence = name, consequence
+    What fails because somebody is `away` is tried again, and the rest waits its turn: so the order stays, and nothing
+    is missing once the server is back. What fails otherwise is left out. What is handed in may be done twice.
+    """
+
+    def __init__(self, name: str, consequence: str, away: Callable[[Exception], bool]) -> None:
+        self._name, self._consequence, self._away = name, consequence, away
         self._context = copy_context()
         self._waiting: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._in_a_row, self._told = 0, False
-
-    @property
-    def gave_up(self) -> bool:
-        return self._in_a_row >= PATIENCE
+        self._over = threading.Event()
+        self._told = False
+        self.failing = False
+        """Whether the last try failed."""
 
     def put(self, call: Callable[..., Any], *args: Any) -> None:
         """Have something done."""
@@ -43,19 +48,28 @@ class Background:
         self._waiting.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
+            self._over.set()
             log.warning("%s did not finish within %.0f s. %s", self._name, timeout_s, self._consequence)
         self._thread = None
 
     def _work(self) -> None:
-        while (call := self._waiting.get()) is not None:
-            if self.gave_up:
-                continue
+        while (call := self._waiting.get()) is not None and not self._over.is_set():
+            self._do(call)
+
+    def _do(self, call: Callable[[], Any]) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not self._over.is_set():
             try:
                 self._context.run(call)
-                self._in_a_row = 0
             except Exception as error:  # the seam: whoever watches may fail, the campaign goes on
-                self._in_a_row += 1
+                self.failing = True
                 self._tell(error)
+                if not self._away(error) or time.monotonic() > until:
+                    return
+                self._over.wait(PAUSE_S)
+            else:
+                self.failing = False
+                return
 
     def _tell(self, error: Exception) -> None:
         if not self._told:

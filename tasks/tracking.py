@@ -14,6 +14,8 @@ import shutil
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -25,7 +27,7 @@ import pyarrow.parquet as pq
 
 from srlm_core import gates, settings, store, summary, weights
 from srlm_core.config import RunConfig
-from srlm_core.errors import ModelError
+from srlm_core.errors import ConfigError, ModelError
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
 from tasks.registry import Registry
@@ -36,6 +38,8 @@ FLUSH_S = 120.0
 """Longest wait at the end of a campaign for what is still to be logged."""
 HURRY_S = 10.0
 """The same after Ctrl-C."""
+REACH_S = 10.0
+"""Longest wait at the start for a server."""
 LIVE_S = 2.0
 """Seconds between two writes of a curve while it grows."""
 BATCH = 500
@@ -61,13 +65,17 @@ class Tracking:
 
     def __init__(self, config: RunConfig, campaign: Campaign) -> None:
         self.uri = tracking_uri(config, campaign.root)
-        self._behind = Background("MLflow", "The campaign goes on; the same command again logs what is missing.")
+        self._behind = Background(
+            "MLflow", "The campaign goes on; what it misses now, it is told later, or by the same command again.", _away
+        )
         self._record = Record(self.uri, config, campaign)
         self._curves: dict[str, list[Point]] = {}
         self._live = AtMost(LIVE_S)
         self._begun = threading.Event()
 
     def __enter__(self) -> Self:
+        """Begin; raises ConfigError where there is nobody at the address of a tracking server."""
+        _require(self.uri)
         # the import and a first database take ten seconds: begun now, beside the loop
         self._behind.put(self._begin)
         return self
@@ -91,7 +99,7 @@ class Tracking:
 
     def where(self, timeout_s: float = 60.0) -> str | None:
         """Say how to see the campaign's run, once that is known: its address, or the command that shows it."""
-        return self._record.where() if self._begun.wait(timeout_s) and not self._behind.gave_up else None
+        return self._record.where() if self._begun.wait(timeout_s) and not self._behind.failing else None
 
     def _begin(self) -> None:
         try:
@@ -124,6 +132,27 @@ def tracking_uri(config: RunConfig, root: Path) -> str:
     """Return the tracking server: the setting, the environment, or SQLite beside the campaigns."""
     beside = f"sqlite:///{root.resolve() / 'mlflow.db'}"
     return config.tracking.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+
+
+def _require(uri: str) -> None:
+    """Raise ConfigError where nothing answers: a wrong address is better told now than after ten hours."""
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(uri, timeout=REACH_S).close()
+    except urllib.error.HTTPError:
+        pass  # it asks who we are, or has no such page: somebody is there
+    except OSError as error:
+        raise ConfigError(
+            f"expected an MLflow server at {uri}, as MLFLOW_TRACKING_URI or tracking.mlflow_uri says, got: "
+            f"{getattr(error, 'reason', error)}. Start it, name another one, or go on without it: --no-mlflow"
+        ) from None
+
+
+def _away(error: Exception) -> bool:
+    """Say whether MLflow may take later what it does not take now: no connection, or its database is away."""
+    code = getattr(error, "error_code", None)  # of MlflowException; requests' own errors are OSErrors
+    return isinstance(error, OSError) if code is None else code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
 def connect(uri: str) -> Any:
@@ -161,8 +190,12 @@ class Written:
                 continue
             there[step] = value
             fresh.append(Metric(name, value, now, step, model_id=model_id, run_id=self.run_id))
-        for start in range(0, len(fresh), BATCH):
-            self._client.log_batch(self.run_id, metrics=fresh[start : start + BATCH])
+        try:
+            for start in range(0, len(fresh), BATCH):
+                self._client.log_batch(self.run_id, metrics=fresh[start : start + BATCH])
+        except Exception:
+            self._there, self._new = {}, False  # it may have been taken or not: asked again before the next try
+            raise
 
     def _values(self, name: str) -> dict[int, float]:
         if name not in self._there:

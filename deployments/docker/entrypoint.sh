@@ -8,4 +8,7 @@ if [ -n "${SRLM_AUTH:-}" ]; then
   : "${MLFLOW_FLASK_SERVER_SECRET_KEY:=$(python -c 'import secrets; print(secrets.token_hex(32))')}"
   export MLFLOW_FLASK_SERVER_SECRET_KEY
 fi
+# a server that is away for some minutes is waited for: eight tries, each twice as long after the last
+export PREFECT_CLIENT_MAX_RETRIES="${PREFECT_CLIENT_MAX_RETRIES:-8}"
+export PREFECT_CLIENT_RETRY_EXTRA_CODES="${PREFECT_CLIENT_RETRY_EXTRA_CODES:-500}"  # its database is away
 exec "$@"

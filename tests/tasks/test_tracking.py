@@ -12,10 +12,10 @@ from flows.campaign import run_campaign
 from srlm_core import recipes, store
 from srlm_core.backend import make_backend
 from srlm_core.engines.scripted import skill_of
-from srlm_core.errors import ModelError
+from srlm_core.errors import ConfigError, ModelError
 from srlm_core.store import Campaign
 from tasks.background import Background
-from tasks.tracking import Point, Record, connect, restore_model, tracking_uri
+from tasks.tracking import Point, Record, Written, connect, restore_model, tracking_uri
 
 TINY = (
     "prompts.target=8", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4",
@@ -245,16 +245,10 @@ def digest(folder: Path) -> str:
     return store.digest("scripted", skill_of(folder))
 
 
-def test_a_server_that_is_gone_is_told_once_and_the_campaign_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    began = time.monotonic()
-    folder = run(tmp_path, "iterations=1", 'tracking.mlflow_uri="http://127.0.0.1:9"', 'evaluation.models="none"')
-    assert (folder / "models" / "M2" / "complete.json").exists()
-    (said,) = [line for line in told if line.startswith("MLflow")]
-    assert "the same command again logs what is missing" in said
-    assert time.monotonic() - began < 30
+def test_a_server_that_is_not_there_at_the_start_ends_it_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MLflow server at http://127\.0\.0\.1:9.*refused.*--no-mlflow"):
+        run(tmp_path, "iterations=1", 'tracking.mlflow_uri="http://127.0.0.1:9"', 'evaluation.models="none"')
+    assert not (tmp_path / "c" / "models").exists()
 
 
 def test_what_was_missed_is_made_up_for(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,16 +290,16 @@ def test_the_thread_behind_keeps_order_forgives_single_failures_and_ends_in_time
     done: list[int] = []
 
     def fail() -> None:
-        raise OSError("gone")
+        raise ValueError("no such thing")
 
-    behind = Background("watcher", "Nothing is lost.")
+    behind = Background("watcher", "Nothing is lost.", away=lambda error: isinstance(error, OSError))
     for number in range(3):
         behind.put(done.append, number)
         behind.put(fail)
     behind.close(5)
     assert done == [0, 1, 2]
-    assert told == ["watcher: OSError: gone. Nothing is lost."]
-    slow = Background("slow", "The rest is lost.")
+    assert told == ["watcher: ValueError: no such thing. Nothing is lost."]
+    slow = Background("slow", "The rest is lost.", away=lambda error: False)
     slow.put(time.sleep, 3)
     began = time.monotonic()
     slow.close(0.1)
@@ -313,17 +307,77 @@ def test_the_thread_behind_keeps_order_forgives_single_failures_and_ends_in_time
     assert told[1:] == ["slow did not finish within 0 s. The rest is lost."]
 
 
-def test_the_thread_behind_gives_up_on_a_server_that_stays_away(told: list[str]) -> None:
+def test_the_thread_behind_catches_up_in_order_with_a_server_that_was_away(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.background.PAUSE_S", 0.01)
+    tried: list[int] = []
+    taken: list[int] = []
+
+    def tell(number: int) -> None:
+        tried.append(number)
+        if len(tried) < 5:
+            raise OSError("gone")
+        taken.append(number)
+
+    behind = Background("watcher", "Later.", away=lambda error: isinstance(error, OSError))
+    for number in range(3):
+        behind.put(tell, number)
+    behind.close(5)
+    assert tried == [0, 0, 0, 0, 0, 1, 2]
+    assert taken == [0, 1, 2]
+    assert not behind.failing
+    assert told == ["watcher: OSError: gone. Later."]
+
+
+def test_the_thread_behind_does_not_wait_for_ever(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.background.PAUSE_S", 0.01)
     tried: list[int] = []
 
-    def fail(number: int) -> None:
+    def tell(number: int) -> None:
         tried.append(number)
         raise OSError("gone")
 
-    behind = Background("watcher", "")
-    for number in range(10):
-        behind.put(fail, number)
-    behind.close(5)
-    assert tried == [0, 1, 2]
-    assert behind.gave_up
-    assert len(told) == 1
+    behind = Background("watcher", "Later.", away=lambda error: True)
+    behind.put(tell, 0)
+    began = time.monotonic()
+    behind.close(0.2)
+    assert time.monotonic() - began < 2
+    assert behind.failing
+    n = len(tried)
+    time.sleep(0.1)
+    assert n - 1 <= len(tried) <= n + 1  # nobody knocks after the end
+    monkeypatch.setattr("tasks.background.PATIENCE_S", 0.0)
+    tried.clear()
+    once = Background("watcher", "Later.", away=lambda error: True)
+    once.put(tell, 1)
+    once.put(tell, 2)
+    once.close(5)
+    assert tried == [1, 2]
+
+
+def test_points_that_were_lost_on_the_way_are_sent_again(recorded: Recorded) -> None:
+    client, run = recorded.client, recorded.parent()
+    told_twice = Unreliable(client)
+    written = Written(told_twice, run.info.run_id, new=True)
+    points = [Point("lost/once", float(step), step) for step in range(3)]
+    with pytest.raises(OSError, match="away"):
+        written.log(points)
+    written.log(points)
+    assert recorded.points(run, "lost/once") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+class Unreliable:
+    """A client whose first batch is taken, but nobody hears of it."""
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._away = client, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_batch(self, *args: Any, **kwargs: Any) -> None:
+        self._client.log_batch(*args, **kwargs)
+        if self._away:
+            self._away = False
+            raise OSError("away")
