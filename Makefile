@@ -28,7 +28,7 @@ stack: $(READY)  ## Prefect, MLflow and a worker on the loopback, until Ctrl-C
 	@$(BIN)/python -m deployments.stack
 
 test: $(READY)  ## everything quick, engines included
-	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
 
 test-slow: $(READY)  ## the suites that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -156,6 +156,10 @@ class Stack:
         child.process.terminate()
         child.close(GRACE_S)
 
+    def pid(self, name: str) -> int:
+        """Return the process that runs a service."""
+        return self._services[name].child.process.pid
+
     def await_servers(self) -> None:
         """Wait until both servers answer."""
         until = time.monotonic() + STARTUP_S

@@ -13,16 +13,13 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
 
-from srlm_core import gates, schemas, store, summary, table
+from srlm_core import gates, summary, table
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
 
 CLOSE_S = 30.0
 MOVES_S = 1.0
 """Seconds between two moves of a progress bar."""
-SAMPLES = 5
-LONGEST = 500
-"""Characters of a sample."""
 
 
 class Artifacts:
@@ -170,17 +167,8 @@ def judge_health(publish: Publisher, campaign: Campaign, t: int) -> None:
 
 def pair_samples(publish: Publisher, campaign: Campaign, t: int) -> None:
     """Show the first pairs that M_{t+1} was trained on."""
-    rows = [
-        {
-            "prompt": _cut(schemas.prompt_text(row["messages"])),
-            "chosen": _cut(row["chosen"]), "chosen score": _short(row["chosen_score"]),
-            "rejected": _cut(row["rejected"]), "rejected score": _short(row["rejected_score"]),
-            "label": _short(row["label"]), "pair": row["pair_id"],
-        }
-        for path in store.parts(campaign.iteration(t) / "pairs")[:1]
-        for row in store.read_part(path).slice(0, SAMPLES).to_pylist()
-    ]  # fmt: skip
-    publish("table", "pair-samples", json.dumps(rows), f"{campaign.name}: what M{t + 1} was taught to prefer")
+    rows = json.dumps(summary.sample_pairs(campaign.folder, t))
+    publish("table", "pair-samples", rows, f"{campaign.name}: what M{t + 1} was taught to prefer")
 
 
 def gates_table(publish: Publisher, campaign: Campaign) -> None:
@@ -194,10 +182,6 @@ def gates_table(publish: Publisher, campaign: Campaign) -> None:
 
 
 _WORDS = {True: "passed", False: "failed", None: "not measured"}
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _short(value: float | None) -> float | None:

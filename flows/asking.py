@@ -19,6 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.input import RunInput, keyset_from_paused_state
 from prefect.states import Paused
 
+from flows import slots
 from srlm_core import interrupts
 from srlm_core.errors import CancelledByPerson, Stopped, WaitsForPerson
 
@@ -35,12 +36,13 @@ class Decision(RunInput):
 def ask(question: str, decided: Callable[[], bool | None]) -> bool | None:
     """Pause the flow run that is under way until it is resumed with a decision, or one is made elsewhere.
 
-    None outside a flow run. Raises CancelledByPerson when the run is cancelled, WaitsForPerson when it ends otherwise.
+    The campaign's slots are others' meanwhile: a person may take days. None outside a flow run. Raises
+    CancelledByPerson when the run is cancelled, WaitsForPerson when it ends otherwise.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return decided()
-    with get_client(sync_client=True) as client:
+    with slots.lent(), get_client(sync_client=True) as client:
         pause = Pause(client, context.flow_run.id, question)
         while True:
             interrupts.check()

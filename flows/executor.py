@@ -77,7 +77,12 @@ class PrefectExecutor:
 
         task, inside = task_for(work.stage), flow_run_id()
         future = task.submit(work.name, make, wait_for=waits_for)
-        future.add_done_callback(lambda done: self.task_runs.note(task, work.name, inside, done.state))
+
+        def note(done: PrefectFuture[T]) -> None:
+            done.wait()  # else its state is what the server knows of it
+            self.task_runs.note(task, work.name, inside, done.state)
+
+        future.add_done_callback(note)
         return Shown(future, earlier, made)
 
     def run(self, work: Work[T]) -> T:

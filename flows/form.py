@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from pydantic.json_schema import SkipJsonSchema
 
 from srlm_core import recipes, settings
-from srlm_core.config import RunConfig
+from srlm_core.config import PASSWORD, RunConfig
 from srlm_core.errors import ConfigError
 
 OFFERED = (
@@ -28,6 +28,9 @@ OFFERED = (
 """Settings with a field of their own; all others go by `overrides`."""
 NAME = r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$"
 """A campaign's name: one folder below the root, nowhere else; empty where the name is left open."""
+
+NO_PASSWORD = rf"^((?!{PASSWORD})[\s\S])*$"
+"""Parameters of flow runs are kept: an address with a password is refused before there is a run."""
 
 
 def root() -> Path:
@@ -61,8 +64,10 @@ def _recipe(name: str) -> str:
     return name
 
 
-def _without_default(schema: dict[str, Any]) -> None:
+def _as_the_page_needs_it(schema: dict[str, Any]) -> None:
     schema.pop("default", None)
+    if schema.get("type") == "string" and "enum" not in schema:
+        schema["pattern"] = NO_PASSWORD
 
 
 # --- one field for each setting that is offered -----------------------------------------------------------------------
@@ -88,7 +93,7 @@ def _field(name: str) -> tuple[Any, Any]:
     kinds = [kind for kind in get_args(found.annotation) if kind is not NoneType]
     kind = found.annotation if get_origin(found.annotation) is Literal or not kinds else kinds[0]
     bounded = Annotated[(kind, *found.metadata)] if found.metadata else kind
-    described = Field(default=None, title=name, description=found.description, json_schema_extra=_without_default)
+    described = Field(default=None, title=name, description=found.description, json_schema_extra=_as_the_page_needs_it)
     return bounded | SkipJsonSchema[None], described
 
 
@@ -115,7 +120,11 @@ class Override(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     setting: Annotated[Named, Field(description="Its name, as `srlm recipes --settings` lists them.")]
-    value: Annotated[str, Field(description='As in TOML: 8, 0.7, true, ["a", "b"]; or plain text, null for none.')]
+    value: Annotated[
+        str,
+        Field(description='As in TOML: 8, 0.7, true, ["a", "b"]; or plain text, null for none.'),
+        WithJsonSchema({"type": "string", "pattern": NO_PASSWORD}),
+    ]
 
     def __str__(self) -> str:
         return f"{self.setting}={self.value}"

@@ -43,7 +43,7 @@ class TaskRuns:
 
     def note(self, task: Task[..., Any], name: str, flow_run_id: UUID | None, state: State[Any] | None) -> None:
         """Note one that has ended."""
-        known = state.state_details.task_run_id if state else None
+        known = state.state_details.task_run_id if state and state.is_final() else None
         if state is not None and known is not None and flow_run_id is not None:
             with self._lock:
                 self._ran[known] = Ran(task, name, flow_run_id, state.model_copy(update={"data": None}))

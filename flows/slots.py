@@ -7,7 +7,8 @@ is an error: Prefect's own default would be no limit at all.
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 from prefect.concurrency.sync import concurrency
 
@@ -22,6 +23,28 @@ def needed(config: RunConfig, limit: str) -> int:
     return config.engine.replicas * config.engine.tensor_parallel if limit == "gpu" else 1
 
 
+class Slots:
+    """Slots of one campaign, which it may give back for a while."""
+
+    def __init__(self, limit: str, count: int) -> None:
+        self._limit, self._count = limit, count
+        self._occupied = ExitStack()
+
+    def take(self) -> None:
+        """Wait for them."""
+        log.info("waiting for %d slot(s) of the concurrency limit %r", self._count, self._limit)
+        # a server that is away for a while must not end a campaign: the lease is taken up again when it is back
+        occupied = concurrency(self._limit, occupy=self._count, strict=True, raise_on_lease_renewal_failure=False)
+        self._occupied.enter_context(occupied)
+
+    def give_back(self) -> None:
+        """Let others have them."""
+        self._occupied.close()
+
+
+_ours: ContextVar[Slots | None] = ContextVar("slots", default=None)
+
+
 @contextmanager
 def held(config: RunConfig) -> Iterator[None]:
     """Hold a campaign's slots of the limit that the worker names in SRLM_SLOTS; none where it names none.
@@ -33,12 +56,26 @@ def held(config: RunConfig) -> Iterator[None]:
     if not limit:
         yield
         return
-    slots = needed(config, limit)
-    _require(limit, slots)
-    log.info("waiting for %d slot(s) of the concurrency limit %r", slots, limit)
-    # a server that is away for a while must not end a campaign: the lease is taken up again when it is back
-    with concurrency(limit, occupy=slots, strict=True, raise_on_lease_renewal_failure=False):
+    slots = Slots(limit, needed(config, limit))
+    _require(limit, needed(config, limit))
+    token = _ours.set(slots)
+    try:
+        slots.take()
         yield
+    finally:
+        slots.give_back()
+        _ours.reset(token)
+
+
+@contextmanager
+def lent() -> Iterator[None]:
+    """Give the campaign's slots back in here, where no engine is open, and wait for them again afterwards."""
+    slots = _ours.get()
+    if slots is not None:
+        slots.give_back()
+    yield
+    if slots is not None:
+        slots.take()
 
 
 def _require(limit: str, slots: int) -> None:

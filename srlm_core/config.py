@@ -1,19 +1,39 @@
 """One frozen tree of settings; the defaults are the paper's (arXiv:2401.10020), each with its unit and section."""
 
 import functools
+import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 """Name of the small model that comes from a Python package; see engines/models.py."""
 
 
+PASSWORD = r"://[^/@\s]*:[^/@\s]+@"
+"""Of whoever is named in an address."""
+
+
 class Settings(BaseModel):
     """Base of every node: frozen, unknown keys refused, attribute docstrings are the field descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secret_is_in_an_address(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if any(re.search(PASSWORD, text) for text in (value if isinstance(value, list | tuple) else [value])
+                   if isinstance(text, str)):  # fmt: skip
+                raise PydanticCustomError(
+                    "password_in_address",
+                    "{name}: expected an address without a password: settings are written down and shown. Put it into "
+                    "the environment: engine.api_key_env for an endpoint, MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD for MLflow, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3.",
+                    {"name": name},
+                )
+        return given
 
 
 class ModelConfig(Settings):
@@ -716,16 +736,6 @@ class StorageConfig(Settings):
     mirror: str | None = None
     """Object storage, as a URL that fsspec knows (`s3://bucket/prefix`): finished parts and models are copied to NAME
     under it, and fetched from there where the folder lacks them. Credentials come from the environment. null = none."""
-
-    @field_validator("mirror")
-    @classmethod
-    def _no_secret_is_in_it(cls, url: str | None) -> str | None:
-        if url and urlsplit(url).password is not None:
-            raise ValueError(
-                "storage.mirror: expected a URL without a password: settings are written down and shown. Put "
-                "credentials into the environment, for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            )
-        return url
 
 
 class RunConfig(Settings):

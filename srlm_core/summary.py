@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from srlm_core import store, weights
+from srlm_core import schemas, store, weights
 from srlm_core.config import RunConfig
 from srlm_core.counting import SURPLUS, IterationCounts, Mean, entropy_bits, read_iteration, spearman
 
 BASE, BASELINE = "M0", "sft_baseline"
+SAMPLES, LONGEST = 5, 500
+"""Rows of a sample, and characters of a text in it."""
 
 
 def campaign_config(folder: Path) -> RunConfig | None:
@@ -89,6 +91,28 @@ def counted_metrics(counts: IterationCounts) -> dict[str, float]:
         "pairs/rejected_length_tokens_mean": counts.rejected_tokens.value,
     }
     return _known(found)
+
+
+def sample_pairs(folder: Path, t: int) -> list[dict[str, Any]]:
+    """Return the first pairs of iteration t for a table, long texts cut and marked so."""
+    return [
+        {
+            "prompt": _cut(schemas.prompt_text(row["messages"])),
+            "chosen": _cut(row["chosen"]), "chosen score": _short(row["chosen_score"]),
+            "rejected": _cut(row["rejected"]), "rejected score": _short(row["rejected_score"]),
+            "label": _short(row["label"]), "pair": row["pair_id"],
+        }
+        for path in store.parts(folder / f"iter_{t:02d}" / "pairs")[:1]
+        for row in store.read_part(path).slice(0, SAMPLES).to_pylist()
+    ]  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
 def method_metrics(folder: Path, t: int) -> dict[str, float]:

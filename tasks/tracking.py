@@ -48,6 +48,8 @@ PARAMS = (
     "training.sft.learning_rate", "training.dpo.learning_rate", "training.dpo.beta",
 )  # fmt: skip
 DATASETS = ("prompts", "responses", "judgments", "pairs")
+SAMPLES = "pairs.json"
+"""Table of the first pairs."""
 CHECKPOINT = "checkpoint"
 """Folder of a logged model that holds the checkpoint."""
 
@@ -126,6 +128,8 @@ class Tracking:
 
     def _on_iteration(self, t: int) -> None:
         self._behind.put(self._record.iteration, t)
+        # as it is now: it may be a while until MLflow is told
+        self._behind.put(self._record.spent, t, self._record.usage())
 
 
 def tracking_uri(config: RunConfig, root: Path) -> str:
@@ -288,10 +292,18 @@ class Record:
         inputs = list(self._datasets(model))
         if inputs:
             self._client.log_inputs(child.run_id, inputs)
+        self._samples(model, child.run_id)
         self._model(model, marker)
         if re.fullmatch(r"M[1-9]\d*", model):
             self._version(model, marker)
         self._client.set_terminated(child.run_id, "FINISHED")
+
+    def _samples(self, model: str, run_id: str) -> None:
+        """Log the first rows of the pairs that a model was trained on, as a table; once."""
+        number = re.fullmatch(r"M([2-9]|\d\d+)", model)
+        rows = summary.sample_pairs(self._campaign.folder, int(number[1]) - 1) if number else []
+        if rows and not any(one.path == SAMPLES for one in self._client.list_artifacts(run_id)):
+            self._client.log_table(run_id, {name: [row[name] for row in rows] for name in rows[0]}, SAMPLES)
 
     def evaluated(self, model: str) -> None:
         """Log what was measured of a model, under the model."""
@@ -311,7 +323,6 @@ class Record:
         self.evaluated(f"M{t}")
         measured = summary.iteration_metrics(self._campaign.folder, t)
         self._parent.log([Point(name, value, t) for name, value in measured.items()], revise=True)
-        self._parent.log(self._usage(t))
 
     def held(self, t: int) -> None:
         """Log what M_t came to at its gates: 1 passed, 0 failed, else nothing. `champion` moves to it if it passed."""
@@ -337,19 +348,18 @@ class Record:
             self.evaluated(model)
         for t in gates.read(folder):
             self.held(t)
-        self._parent.log(self._usage(self._config.iterations + 1))
+        self.spent(self._config.iterations + 1, self.usage())
 
-    def _usage(self, t: int) -> list[Point]:
-        """Read tokens and engine hours per stage, spent up to step t."""
-        used = store.read_json(self._campaign.folder / "usage.json") or {}
-        return [
-            point
-            for stage, spent in used.items()
-            for point in (
-                Point(f"{stage}/tokens_so_far", float(spent["tokens"]), t),
-                Point(f"{stage}/engine_hours_so_far", spent["seconds"] / 3600, t),
-            )
-        ]
+    def usage(self) -> Mapping[str, Mapping[str, float]]:
+        """Read what each stage has spent so far."""
+        return store.read_json(self._campaign.folder / "usage.json") or {}
+
+    def spent(self, t: int, used: Mapping[str, Mapping[str, float]]) -> None:
+        """Log tokens and engine hours per stage, spent up to step t."""
+        for stage, so_far in used.items():
+            tokens, hours = float(so_far["tokens"]), so_far["seconds"] / 3600
+            points = [Point(f"{stage}/tokens_so_far", tokens, t), Point(f"{stage}/engine_hours_so_far", hours, t)]
+            self._parent.log(points)
 
     def _child(self, model: str, digest: str | None) -> Written:
         """Return the run of a model's training: the one under way, or the one that ended in these weights."""

@@ -11,4 +11,6 @@ fi
 # a server that is away for some minutes is waited for: eight tries, each twice as long after the last
 export PREFECT_CLIENT_MAX_RETRIES="${PREFECT_CLIENT_MAX_RETRIES:-8}"
 export PREFECT_CLIENT_RETRY_EXTRA_CODES="${PREFECT_CLIENT_RETRY_EXTRA_CODES:-500}"  # its database is away
+# deployments/automations/restart.yaml listens for these
+export PREFECT_FLOWS_HEARTBEAT_FREQUENCY="${PREFECT_FLOWS_HEARTBEAT_FREQUENCY:-30}"
 exec "$@"

@@ -86,7 +86,7 @@ def validate(settings: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(_spell(problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(_spell(problem) for problem in error.errors())) from None
 
 
 def _spell(problem: Mapping[str, Any]) -> str:
@@ -98,6 +98,8 @@ def _spell(problem: Mapping[str, Any]) -> str:
         )
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    if problem["type"] == "password_in_address":
+        return f"{where}.{problem['msg']}"
     return f"{where}: expected {problem['msg'].removeprefix('Input should be ')}, got {problem['input']!r}."
 
 

@@ -1,80 +1,25 @@
 """The stack, once for all tests of this folder: real servers, a real worker, PostgreSQL where it is installed."""
 
-import os
-import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import pytest
+from team import PLANTED, Team, free_port
 
 from deployments.stack import Stack
-
-RUN_S = 300.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Team:
-    """Somebody who works with the stack through the servers' own clients."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack, self.root = stack, stack.root
-
-    @contextmanager
-    def client(self) -> Iterator[Any]:
-        from prefect import get_client
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-
-        here: dict[Any, Any] = {PREFECT_API_URL: f"{self.stack.at.prefect}/api"}
-        with temporary_settings(here), get_client(sync_client=True) as client:
-            yield client
-
-    def start(self, deployment: str = "self-reward/self-reward", **parameters: Any) -> UUID:
-        """Start a flow run as the form does."""
-        with self.client() as client:
-            found = client.read_deployment_by_name(deployment)
-            return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
-
-    def run(self, run_id: UUID) -> Any:
-        with self.client() as client:
-            return client.read_flow_run(run_id)
-
-    def until(self, run_id: UUID, wanted: Callable[[Any], bool], timeout_s: float = RUN_S) -> Any:
-        """Wait until a flow run's state is as wanted."""
-        end = time.monotonic() + timeout_s
-        while True:
-            try:
-                run = self.run(run_id)
-                if run.state is not None and wanted(run.state):
-                    return run
-            except Exception as error:  # a server that is away on purpose
-                run = error
-            assert time.monotonic() < end, (run, self.last_words())
-            time.sleep(0.5)
-
-    def finished(self, run_id: UUID, timeout_s: float = RUN_S) -> Any:
-        return self.until(run_id, lambda state: state.is_final(), timeout_s)
-
-    def last_words(self) -> str:
-        logs = sorted(self.stack.home.glob("*.log"))
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
 
 @pytest.fixture(scope="session")
 def team() -> Iterator[Team]:
     """The stack, in a folder that PostgreSQL's own user may enter, which pytest's are not."""
     with ExitStack() as up:
+        patch = up.enter_context(pytest.MonkeyPatch.context())
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.delenv(name, raising=False)
+        for name, secret in PLANTED.items():
+            patch.setenv(name, secret)
         root = Path(up.enter_context(tempfile.TemporaryDirectory(prefix="srlm-stack-")))
         root.chmod(0o711)
-        before = {name: os.environ.pop(name) for name in ("PREFECT_API_URL", "PREFECT_HOME") if name in os.environ}
-        up.callback(os.environ.update, before)
         yield Team(up.enter_context(Stack(root / "runs", free_port(), free_port())))

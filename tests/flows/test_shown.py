@@ -3,13 +3,16 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from flow_runs import client, flow_run, turns
 
+from flows.missed import TaskRuns
 from flows.server import PrefectServer
 from srlm_core.backend import Backend, Model
 from srlm_core.engines.protocol import Completion, Engine
@@ -227,3 +230,42 @@ def test_a_comparison_runs_its_methods_as_sub_flows_and_shows_the_table(
     with client() as here:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
         assert {one.key for one in here.read_artifacts(artifact_filter=wanted)} == {"comparison", "comparison-report"}
+
+
+def test_task_runs_that_the_server_lost_are_told_again(
+    server: PrefectServer, campaign: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.schemas import filters
+    from prefect.events.worker import EventsWorker
+
+    send, lost = EventsWorker.send, Counter[str]()
+
+    def forgetful(self: EventsWorker, event: Any) -> None:
+        """Lose all that is said of every fifth task run, and the end of another fifth."""
+        kind, _, of = event.event, *event.resource["prefect.resource.id"].rpartition(".")[1:]
+        if not kind.startswith("prefect.task-run."):
+            send(self, event)
+        elif int(UUID(of)) % 5 == 0 or (int(UUID(of)) % 5 == 1 and kind.endswith("Completed")):
+            lost[kind.rpartition(".")[2]] += 1
+        else:
+            send(self, event)
+
+    monkeypatch.setattr(EventsWorker, "send", forgetful)
+    ran, note = [], TaskRuns.note
+
+    def counted(self: TaskRuns, task: Any, name: str, *rest: Any) -> None:
+        ran.append(name)
+        note(self, task, name, *rest)
+
+    monkeypatch.setattr(TaskRuns, "note", counted)
+    campaign(tmp_path, name="lossy")
+    assert lost["Completed"] > lost["Pending"] > 0, lost
+    shown = 0
+    for turn in turns(flow_run("lossy")):
+        ours = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[turn.id]))
+        with client() as here:
+            found = [(one.name, one.state.name) for one in here.read_task_runs(flow_run_filter=ours)]
+        assert {state for _, state in found} <= {"Completed"}, turn.name
+        assert len(dict(found)) == len(found)
+        shown += len(found)
+    assert shown == len(ran)

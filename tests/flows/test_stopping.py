@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from flow_runs import client, flow_run, turns
 
+from flows import slots
 from flows.server import PrefectServer
-from srlm_core import approval, store
+from srlm_core import approval, recipes, store
 from srlm_core.errors import CancelledByPerson, StoppedByGate, StoppedByPerson
 
 pytestmark = [pytest.mark.prefect, pytest.mark.cluster]
@@ -161,3 +162,34 @@ def test_a_cancelled_wait_ends_and_the_campaign_can_still_go_on(
     approval.decide(tmp_path / "cancelled", go_on=True)
     campaign(tmp_path, *NOT_MEASURED, "iterations=2", "gates.approval=true", name="cancelled")
     assert flow_run("cancelled").state.message == "M3 after 2 iterations"
+
+
+def test_whoever_waits_for_a_person_holds_no_slot(
+    server: PrefectServer, campaign: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+
+    def active() -> int:
+        with client() as here:
+            return here.read_global_concurrency_limit_by_name("one").active_slots
+
+    def run() -> None:
+        with slots.held(config):
+            campaign(tmp_path, *asks, name="slots")
+
+    monkeypatch.setenv("SRLM_SLOTS", "one")
+    with client() as here:
+        here.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="one", limit=1))
+    asks = (*NOT_MEASURED, "iterations=2", "gates.approval=true")
+    config = recipes.load("smoke", overrides=asks)
+    behind = Background(run)
+    _in_state("slots", "Paused")
+    assert active() == 0
+    with slots.held(config):  # somebody else's campaign
+        approval.decide(tmp_path / "slots", go_on=True)
+        _in_state("slots", "Running")
+        time.sleep(1)
+        assert not (tmp_path / "slots" / "iter_02").exists()  # it waits for its slot again
+    assert behind.end() is None
+    assert flow_run("slots").state.is_completed()
+    assert active() == 0

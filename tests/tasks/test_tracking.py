@@ -1,5 +1,6 @@
 """What MLflow holds of a campaign: each thing once, in its place, and the models come back."""
 
+import json
 import shutil
 import sys
 import time
@@ -197,6 +198,19 @@ def test_campaigns_under_one_registered_name_are_versions_of_one_model(tmp_path:
     assert (champion.tags["srlm.campaign"], champion.tags["srlm.model"]) == ("new", "M1")
     run(tmp_path, *asked, name="old")  # gone over again, it takes nothing back
     assert here.client.get_model_version_by_alias("team", "champion").version == champion.version
+
+
+def test_the_first_pairs_of_a_training_are_a_table_that_does_not_grow(recorded: Recorded, tmp_path: Path) -> None:
+    (child,) = recorded.runs(**{"srlm.campaign": "c", "srlm.model": "M2"})
+    record = Record(recorded.uri, recipes.load("smoke", overrides=TINY), Campaign(recorded.root, "c"))
+    record.trained("M2")
+    kept = recorded.client.download_artifacts(child.info.run_id, "pairs.json", str(tmp_path))
+    table = json.loads(Path(kept).read_text())
+    shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    rows = store.read_part(recorded.root / "c" / "iter_01" / "pairs" / "part-00000.parquet").to_pylist()
+    assert len(shown) == min(5, len(rows)) > 0
+    assert [row["pair"] for row in shown] == [row["pair_id"] for row in rows[:5]]
+    assert [row["chosen"] for row in shown] == [row["chosen"] for row in rows[:5]]
 
 
 def test_a_training_that_went_on_after_a_crash_has_one_curve(tmp_path: Path, recorded: Recorded) -> None:
