@@ -19,7 +19,7 @@ from srlm_core.config import PASSWORD, RunConfig
 from srlm_core.errors import ConfigError
 
 OFFERED = (
-    "iterations", "seed", "model.path", "prompts.target", "prompts.file", "responses.n",
+    "iterations", "seed", "model.path", "prompts.target", "prompts.file", "prompts.file_share", "responses.n",
     "responses.sampling.temperature", "responses.sampling.max_tokens", "judgments.k", "judgments.reading",
     "pairs.min_margin", "pairs.length_control", "training.sft.learning_rate", "training.dpo.learning_rate",
     "training.dpo.beta", "training.dpo.epochs", "engine.kind", "engine.replicas", "engine.tensor_parallel",
@@ -76,7 +76,10 @@ def _as_the_page_needs_it(schema: dict[str, Any]) -> None:
 class _Form(BaseModel):
     """Empty fields are left out: the page would show them as null, and the server refuse them as no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True,
+        json_schema_extra={"dependentRequired": {"prompts_file": ["prompts_file_share"]}},
+    )  # fmt: skip
 
     @model_serializer(mode="wrap")
     def _filled_in(self, handler: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_a_secret_is_found_nowhere(team: Team) -> None:
         with pytest.raises(PrefectHTTPStatusError) as refused:
             team.start(recipe="smoke", name="secret", **wrong)
         assert refused.value.response.status_code == 409
-    asked: dict[str, Any] = {"iterations": 1, "prompts_file": str(prompts)}
+    asked: dict[str, Any] = {"iterations": 1, "prompts_file": str(prompts), "prompts_file_share": 0.5}
     run = team.finished(team.start(recipe="smoke", name="planted", settings=asked))
     assert run.state.is_completed(), (run.state, team.last_words())
     prompts.unlink()

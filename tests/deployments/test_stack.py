@@ -316,6 +316,7 @@ def test_two_workers_that_are_given_one_campaign_do_not_share_it(team: Team, cal
     ("parameters", "field"),
     [
         ({"settings": {"responses_n": 1}}, "responses_n"),
+        ({"settings": {"prompts_file": "prompts.txt"}}, "prompts_file_share"),  # it goes with a share
         ({"name": "../out"}, "name"),
         ({"recipe": "gone"}, "recipe"),
         ({"overrides": [{"setting": "no.such", "value": "1"}]}, "overrides"),
