@@ -231,6 +231,8 @@ def warnings(found: Summary, matches: Matches) -> list[str]:
         if of.get("judgments/score_entropy", 3) < 0.5:
             bits = of["judgments/score_entropy"]
             signs.append(f"Iteration {t}: the judge gives nearly always the same score (entropy {bits:.2f} bits).")
+        if of.get("pairs/yield", 1) < 0.2:
+            signs.append(f"Iteration {t}: only {of['pairs/yield']:.0%} of the prompts gave a pair to learn from.")
         if of.get("prompts/yield", 1) < 0.3:
             signs.append(f"Iteration {t}: only {of['prompts/yield']:.0%} of the prompts written could be used.")
     loop = policies(found)

@@ -75,7 +75,7 @@ def campaigns(team: Team, page: Any) -> dict[str, UUID]:
     prompts = team.root / "evil.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": EVIL.format(n)}) for n in range(2, 14)))
     found = {}
-    for name, n in (("browsed", 4), ("browsed-wider", 6)):
+    for name, n in (("four-responses", 4), ("six-responses", 6)):
         settings = {"responses.n": n, "prompts.target": 12, "prompts.file": prompts, "prompts.file_share": 0.9}
         found[name] = fill_in_and_run(team, page, name, **settings)
     for name, run_id in found.items():
@@ -86,7 +86,7 @@ def campaigns(team: Team, page: Any) -> dict[str, UUID]:
 def test_a_campaign_is_started_from_the_form_watched_and_looked_at(
     team: Team, page: Any, campaigns: dict[str, UUID]
 ) -> None:
-    run_id = campaigns["browsed"]
+    run_id = campaigns["four-responses"]
     assert team.run(run_id).parameters["settings"]["responses_n"] == 4
     page.goto(f"{team.stack.at.prefect}/runs/flow-run/{run_id}")
     page.get_by_text("Completed").first.wait_for()
@@ -106,13 +106,13 @@ def test_a_campaign_is_started_from_the_form_watched_and_looked_at(
 
 
 def test_what_models_and_prompts_say_is_shown_and_not_obeyed(team: Team, page: Any, campaigns: dict[str, UUID]) -> None:
-    open_artifact(team, page, child(team, campaigns["browsed"], "iteration 1"), "pair-samples")
+    open_artifact(team, page, child(team, campaigns["four-responses"], "iteration 1"), "pair-samples")
     page.get_by_text("onerror").first.wait_for()
     shot(page, "prefect-pair-samples")
     assert "<img src=x onerror=\"document.title='owned'\"><script>" in page.locator("table").inner_text()
     assert page.title() != "owned"
     assert page.locator("table img, table script").count() == 0
-    report = team.root / "browsed" / "report" / "index.html"
+    report = team.root / "four-responses" / "report" / "index.html"
     page.goto(report.as_uri())
     page.get_by_text("onerror").first.wait_for(state="attached")
     assert page.title() != "owned"
@@ -147,7 +147,7 @@ def test_two_campaigns_are_compared_in_a_chart(team: Team, page: Any, campaigns:
         if run.info.run_name in campaigns
     }
     assert parents.keys() == campaigns.keys()
-    only = quote("tags.`srlm.role` = 'campaign'")
+    only = quote("attributes.run_name LIKE '%-responses'")
     page.goto(f"{team.stack.at.mlflow}/#/experiments/{experiment}/runs?compareRunsMode=CHART&searchFilter={only}")
     page.get_by_placeholder("Search metric charts").fill("judgments/score_mean")
     plot = page.locator(".js-plotly-plot").first

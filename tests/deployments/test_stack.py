@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from deployments.stack import WORKER
 
 pytestmark = [pytest.mark.cluster, pytest.mark.prefect, pytest.mark.timeout(900)]
 
+RESTART = Path(__file__).parents[2] / "deployments" / "automations" / "restart.yaml"
 SIZE: dict[str, Any] = {"iterations": 4, "prompts_target": 16}
 TINY = [
     {"setting": "seed_data.ift_rows", "value": "24"},
@@ -164,32 +167,49 @@ def of_campaign(name: str) -> list[int]:
     return found
 
 
+@contextmanager
+def restarted_by_prefect(team: Team) -> Iterator[None]:
+    """Put the shipped automations in place."""
+    made = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(RESTART)]
+    subprocess.run(made, env=os.environ | team.stack.environment, check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        with team.client() as client:
+            for automation in client.request("POST", "/automations/filter", json={}).json():
+                client.request("DELETE", "/automations/{id}", path_params={"id": automation["id"]})
+
+
+@pytest.mark.parametrize("again", ["by hand", "by the automation"])
 def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_again(
-    team: Team, calm: tuple[UUID, Path]
+    team: Team, calm: tuple[UUID, Path], again: str
 ) -> None:
     from prefect.states import AwaitingRetry
 
-    run_id = team.start(recipe="smoke", name="killed", settings=SIZE)
-    wait_for(team, run_id, team.root / "killed" / "iter_02")
-    assert of_campaign("killed")
-    for process in psutil.Process(team.stack.pid(WORKER)).children(recursive=True):
-        if "worker" in process.cmdline():
-            os.kill(process.pid, signal.SIGKILL)
-    state = team.until(run_id, lambda state: state.is_crashed(), 60).state
-    assert "interrupt" in state.message
-    gone = time.monotonic() + 30
-    while of_campaign("killed"):
-        assert time.monotonic() < gone, of_campaign("killed")
-        time.sleep(0.2)
-    team.stack.stop(WORKER)
-    team.stack.start(WORKER)
-    with team.client() as client:  # the button "Retry"
-        client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
-    run = team.finished(run_id)
-    assert run.state.is_completed(), (run.state, team.last_words())
-    assert run.run_count == 2
-    assert datasets(team.root / "killed") == datasets(calm[1])
-    assert_recorded_alike(team, "killed")
+    name = f"killed-{again.replace(' ', '-')}"
+    with restarted_by_prefect(team) if again == "by the automation" else nullcontext():
+        run_id = team.start(recipe="smoke", name=name, settings=SIZE)
+        wait_for(team, run_id, team.root / name / "iter_02")
+        assert of_campaign(name)
+        for process in psutil.Process(team.stack.pid(WORKER)).children(recursive=True):
+            if "worker" in process.cmdline():
+                os.kill(process.pid, signal.SIGKILL)
+        if again == "by hand":
+            state = team.until(run_id, lambda state: state.is_crashed(), 60).state
+            assert "interrupt" in state.message
+        gone = time.monotonic() + 30
+        while of_campaign(name):
+            assert time.monotonic() < gone, of_campaign(name)
+            time.sleep(0.2)
+        if again == "by hand":
+            with team.client() as client:  # the button "Retry"
+                client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+        team.stack.stop(WORKER)
+        team.stack.start(WORKER)
+        team.until(run_id, lambda state: state.is_completed())
+    assert team.run(run_id).run_count == 2
+    assert datasets(team.root / name) == datasets(calm[1])
+    assert_recorded_alike(team, name)
 
 
 def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Team) -> None:
