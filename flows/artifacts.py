@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
@@ -15,6 +14,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext
 
 from srlm_core import gates, summary, table
+from srlm_core.spelling import escape_markdown
 from srlm_core.store import Campaign
 from tasks.background import AtMost, Background
 
@@ -169,7 +169,8 @@ def judge_health(publish: Publisher, campaign: Campaign, t: int) -> None:
 def pair_samples(publish: Publisher, campaign: Campaign, t: int) -> None:
     """Show the first pairs that M_{t+1} was trained on."""
     rows = [
-        {name: _literal(value) if isinstance(value, str) else value for name, value in row.items()}
+        # the page draws a table's cells as Markdown, with HTML and images
+        {name: escape_markdown(value) if isinstance(value, str) else value for name, value in row.items()}
         for row in summary.sample_pairs(campaign.folder, t)
     ]
     publish("table", "pair-samples", json.dumps(rows), f"{campaign.name}: what M{t + 1} was taught to prefer")
@@ -186,11 +187,6 @@ def gates_table(publish: Publisher, campaign: Campaign) -> None:
 
 
 _WORDS = {True: "passed", False: "failed", None: "not measured"}
-
-
-def _literal(text: str) -> str:
-    """Spell a text so that the page shows it as it is: a table's cells are drawn as Markdown, with HTML and images."""
-    return re.sub(r"([\\`*_\[\]<>!#~|&$])", r"\\\1", text)
 
 
 def _short(value: float | None) -> float | None:

@@ -316,12 +316,11 @@ def test_warning_signs_are_named(tmp_path):
     assert higher[:40] not in "".join(report.gather(folder)["warnings"])
 
 
-@pytest.mark.parametrize(
-    ("share", "told"), [(0.03, ["Iteration 1: only 3% of the prompts gave a pair to learn from."]), (0.2, [])]
-)
+@pytest.mark.parametrize(("share", "told"), [(0.03, True), (0.2, False)])
 def test_too_few_pairs_are_a_warning(tmp_path, share, told):
-    found = summary.collect(made_up.campaign(tmp_path))._replace(of_iteration={1: {"pairs/yield": share}}, of_model={})
-    assert report_words.warnings(found, {}) == told
+    found = summary.collect(made_up.campaign(tmp_path))._replace(of_iteration={1: {"pairs/yield": share}})
+    few = "Iteration 1: only 3% of the prompts gave a pair to learn from."
+    assert (few in report_words.warnings(found, {})) == told
 
 
 def test_what_an_iteration_made_is_told_with_what_changed(tmp_path):
