@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from srlm_core import loop, recipes, store
@@ -16,6 +17,8 @@ from srlm_core.store import Campaign
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+hypothesis.settings.register_profile("shared", deadline=None)  # other tests run beside: a slow example is no failure
+hypothesis.settings.load_profile("shared")
 
 TINY = (
     "prompts.target=12", "engine.shard_rows=4", "seed_data.ift_rows=24", "seed_data.eft_groups=4",
