@@ -84,6 +84,7 @@ def surroundings(root: Path, home: Path, database: Postgres | None, at: Addresse
         else f"sqlite:///{home / 'mlflow.db'}",
         "MLFLOW_ARTIFACTS_DESTINATION": str(home / "artifacts"),
         "MLFLOW_SERVER_ALLOWED_HOSTS": "localhost:*,127.0.0.1:*",
+        "SRLM_USERS": str(home / "users"),
         "SRLM_ROOT": str(root),
         "SRLM_SLOTS": "cpu",
         "DO_NOT_TRACK": "1",

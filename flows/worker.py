@@ -1,4 +1,4 @@
-"""A flow run's process and the worker that started it: when the worker is gone, the run ends.
+"""A flow run's process and the worker that started it: when the worker is gone, or deaf, the run still ends.
 
 Its engines end with the run's process (srlm_core/engines/child.py), so a worker that was killed leaves nothing that
 holds a device, and the campaign is free for the next run.
@@ -8,28 +8,62 @@ import os
 import signal
 import threading
 import time
+from uuid import UUID
+
+import httpx
+from prefect import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
 
 STARTED_BY_WORKER = "PREFECT__FLOW_RUN_ID"
 """In the environment of a process that a worker started for a flow run."""
 GRACE_S = 20.0
+LOOK_S = 10.0
+DEAF_S = 30.0
+"""A worker hears of a cancellation at once, or within ten seconds where its stream of events is cut."""
+UNHEARD = "Cancelled by the run itself: its worker did not hear of it."
 _watching = False
 
 
 def end_with_worker() -> None:
-    """Ask this process to stop once its worker is gone, and make it, if it does not. Once a process; else nothing."""
+    """Have this process end once its worker is gone, or does not hear that it is cancelled. Else nothing."""
     global _watching
-    worker = os.getppid()
-    if (
-        _watching or STARTED_BY_WORKER not in os.environ or worker == 1
-    ):  # 1: a container's, that ends with its container
+    worker, run_id = os.getppid(), os.environ.get(STARTED_BY_WORKER)
+    if _watching or run_id is None:
         return
     _watching = True
-    threading.Thread(target=_watch, args=(worker,), daemon=True, name="worker watch").start()
+    if worker != 1:  # 1: a container's, that ends with its container
+        threading.Thread(target=_watch_worker, args=(worker,), daemon=True, name="worker watch").start()
+    threading.Thread(target=_watch_run, args=(UUID(run_id),), daemon=True, name="cancellation watch").start()
 
 
-def _watch(worker: int) -> None:
+def _watch_worker(worker: int) -> None:
     while os.getppid() == worker:
         time.sleep(1.0)
+    _end()
+
+
+def _watch_run(run_id: UUID) -> None:
+    """Cancel the run ourselves where nobody does: after a server was away, Prefect's worker hears of it no more."""
+    asked_at: float | None = None
+    with get_client(sync_client=True) as client:
+        while True:
+            time.sleep(LOOK_S)
+            try:
+                state = client.read_flow_run(run_id).state
+                asked = state is not None and state.is_cancelling()
+                asked_at = (asked_at or time.monotonic()) if asked else None
+                if asked_at is not None and time.monotonic() - asked_at >= DEAF_S:
+                    client.set_flow_run_state(run_id, Cancelled(message=UNHEARD), force=True)
+                    break
+            except httpx.HTTPError:
+                continue  # the server is away: it is asked again
+            except ObjectNotFound:
+                return  # somebody deleted the run, so that nobody can cancel it
+    _end()
+
+
+def _end() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

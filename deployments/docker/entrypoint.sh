@@ -7,6 +7,13 @@ if [ -n "${SRLM_AUTH:-}" ]; then
   export MLFLOW_AUTH_ADMIN_USERNAME="${SRLM_AUTH%%:*}" MLFLOW_AUTH_ADMIN_PASSWORD="${SRLM_AUTH#*:}"
   : "${MLFLOW_FLASK_SERVER_SECRET_KEY:=$(python -c 'import secrets; print(secrets.token_hex(32))')}"
   export MLFLOW_FLASK_SERVER_SECRET_KEY
+  # MLflow keeps its users where it is started, and the first password for ever: a new file has today's
+  if [ "$1" = mlflow ] && [ -z "${MLFLOW_AUTH_CONFIG_PATH:-}" ]; then
+    users=${SRLM_USERS:-$(mktemp -d)}
+    mkdir -p "$users" && rm -f "$users"/*
+    printf '[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///%s/users.db\n' "$users" > "$users/auth.ini"
+    export MLFLOW_AUTH_CONFIG_PATH="$users/auth.ini"
+  fi
 fi
 # a server that is away for some minutes is waited for: eight tries, each twice as long after the last
 export PREFECT_CLIENT_MAX_RETRIES="${PREFECT_CLIENT_MAX_RETRIES:-8}"

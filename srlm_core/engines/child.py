@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 PARENT, _CHANNEL = "SRLMPARENT_PID", "SRLM_CHANNEL_FD"
+MEETING = "SRLM_RANKS_MEET_AT"
+"""A file in which the ranks of one training on one machine find one another."""
 _LAST_LINES, _LAST_BYTES = 20, 16_384
 _NOISE = re.compile(r"^\s*$|^\s*\^+\s*$|Loading safetensors|FutureWarning|resource_tracker|warnings\.warn\(")
 _HEADER = struct.Struct("!I")

@@ -9,13 +9,14 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from srlm_core.engines import cluster
-from srlm_core.engines.child import PARENT, Channel, channel_to_parent
+from srlm_core.engines.child import MEETING, PARENT, Channel, channel_to_parent
 from srlm_core.engines.training_job import TrainingJob
 from srlm_core.errors import SrlmError, TrainingFailed
 
@@ -51,16 +52,21 @@ def _passed_on(said: Path, channel: Channel) -> Iterator[None]:
 def _torchrun(job: TrainingJob, described: Path) -> None:
     """Have PyTorch's elastic agent start the ranks on this machine; if one dies, it ends the others and raises.
 
-    It gives each a session of its own, so each watches us and ends when we do (engines/child.py).
+    It gives each a session of its own, so each watches us and ends when we do (engines/child.py). They meet in files:
+    PyTorch's own meeting place listens on every interface, to whoever comes.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ[PARENT] = str(os.getpid())
-    how = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=job.ranks, run_id=f"srlm-{os.getpid()}", max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", shutdown_timeout=5,
-    )  # fmt: skip
-    elastic_launch(how, sys.executable)("-m", "srlm_core.engines.child", "srlm_core.engines.trl", str(described))
+    with tempfile.TemporaryDirectory(prefix="srlm-ranks-") as folder:
+        os.environ |= {
+            PARENT: str(os.getpid()), MEETING: str(Path(folder) / "ranks"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }  # fmt: skip
+        how = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=job.ranks, run_id=f"srlm-{os.getpid()}", max_restarts=0,
+            rdzv_backend="c10d", rdzv_endpoint=str(Path(folder) / "agent"), rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1", shutdown_timeout=5,
+        )  # fmt: skip
+        elastic_launch(how, sys.executable)("-m", "srlm_core.engines.child", "srlm_core.engines.trl", str(described))
 
 
 def _ray(job: TrainingJob, described: Path) -> None:

@@ -8,13 +8,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from srlm_core.engines.child import MEETING
+
 T = TypeVar("T")
 
 
 def meet(n: int) -> None:
     """Join the others, who were started with RANK and WORLD_SIZE in their environment; on CPU they speak by gloo."""
     if n > 1:
-        PartialState(cpu=not torch.cuda.is_available())
+        file = os.environ.get(MEETING)
+        at = {"init_method": f"file://{file}", "rank": int(os.environ["RANK"]), "world_size": n} if file else {}
+        PartialState(cpu=not torch.cuda.is_available(), **at)
 
 
 def first() -> bool:

@@ -213,12 +213,18 @@ def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_agai
     assert_recorded_alike(team, name)
 
 
-def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Team) -> None:
+@pytest.mark.parametrize("worker", ["that hears of it", "deaf since the server was away"])
+def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Team, worker: str) -> None:
     from engines.tiny import tiny_model
     from prefect.states import Cancelling
 
-    model = tiny_model(team.root / "models" / "tiny", seed=0)
-    run_id = team.start(recipe="self_rewarding", size="small", name="cancelled", settings={"model_path": str(model)})
+    model, name = team.root / "models" / "tiny", f"cancelled-{worker.partition(' ')[0]}"
+    if not model.exists():
+        tiny_model(model, seed=0)
+    if "deaf" in worker:
+        with away(team, "prefect"):
+            time.sleep(60)
+    run_id = team.start(recipe="self_rewarding", size="small", name=name, settings={"model_path": str(model)})
     children = psutil.Process(team.stack.pid(WORKER)).children
     until = time.monotonic() + 120
     while not any("srlm_core.engines" in " ".join(one.cmdline()) for one in children(recursive=True)):
@@ -226,12 +232,14 @@ def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Te
         time.sleep(0.2)
     with team.client() as client:
         client.set_flow_run_state(run_id, Cancelling())
-    run = team.finished(run_id, 90)
+    run = team.finished(run_id, 120)
     assert run.state.is_cancelled(), run.state
     gone = time.monotonic() + 30
-    while of_campaign("cancelled"):
-        assert time.monotonic() < gone, of_campaign("cancelled")
+    while of_campaign(name):
+        assert time.monotonic() < gone, of_campaign(name)
         time.sleep(0.2)
+    turns, _, _ = shown_by_prefect(team, run_id)
+    assert not {state for _, state in turns} & {"Running", "Pending"}
 
 
 # --- schedules, limits, ten at once -----------------------------------------------------------------------------------

@@ -228,6 +228,12 @@ def _gone(processes: list[psutil.Process], within_s: float) -> bool:
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive if process.is_running())
 
 
+def _listens_at(process: psutil.Process) -> set[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return set()
+
+
 def _rank(number: int) -> psutil.Process:
     """A rank among our descendants."""
     for process in _descendants():
@@ -331,6 +337,8 @@ def test_no_rank_outlives_who_asked_for_it(launcher: str, tiny: Path, tmp_path: 
         assert parent.poll() is None
     started = psutil.Process(parent.pid).children(recursive=True)
     assert len(started) >= 3
+    if launcher == "torchrun":  # Ray Train's ranks meet where PyTorch has it, on every interface
+        assert {place for each in started for place in _listens_at(each)} <= {"127.0.0.1", "::1"}
     parent.kill()
     parent.wait()
     time.sleep(0.1)

@@ -1,0 +1,50 @@
+"""A flow run's process beside a worker that does not hear, or is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from flow_runs import client
+
+from flows import worker
+from flows.server import PrefectServer
+
+pytestmark = [pytest.mark.prefect, pytest.mark.cluster]
+
+RUN = """
+import time
+from flows import worker
+worker.LOOK_S, worker.DEAF_S = 0.2, 0.5
+worker.end_with_worker()
+print("begun", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_run_whose_worker_does_not_hear_that_it_is_cancelled_cancels_itself(server: PrefectServer) -> None:
+    from prefect import flow
+    from prefect.states import Cancelling, Running
+
+    @flow
+    def unheard() -> None: ...
+
+    with client() as here:
+        run = here.create_flow_run(unheard)
+        here.set_flow_run_state(run.id, Running(), force=True)
+        given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run.id)}
+        with subprocess.Popen([sys.executable, "-c", RUN], env=given, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"begun\n"
+                time.sleep(2)
+                assert process.poll() is None  # nobody has asked it to end
+                here.set_flow_run_state(run.id, Cancelling())
+                assert process.wait(30) == -signal.SIGTERM
+            finally:
+                process.kill()
+        state = here.read_flow_run(run.id).state
+    assert state.is_cancelled()
+    assert state.message == worker.UNHEARD
