@@ -1,4 +1,4 @@
-"""Manifests for a cluster: each pod by Kubernetes' own schema, what holds the pods by ours, in the words of its docs."""
+"""Manifests for a cluster: each pod by Kubernetes' own schema, what holds the pods by ours, after their docs."""
 
 import json
 from collections.abc import Iterator
