@@ -302,17 +302,16 @@ class Campaign:
         """Make sure that nobody else works on it, and leave it as it is. Raises StoreError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"expected a writable folder at {self.folder}, got: {error}. Choose another with --root."
-            ) from error
-        try:
             # a lock of the operating system: it is gone with its process, however that ends
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise StoreError(
                 f"expected campaign {self.name!r} to be free, but another process works on it ({self.folder}). "
                 "Wait for it, stop it, or start a campaign of another name with --name."
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"expected a writable folder at {self.folder}, got: {error}. Choose another with --root."
             ) from error
 
     def leftovers(self) -> list[Path]:

@@ -120,6 +120,17 @@ def test_one_process_per_campaign(tmp_path):
         pass
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_so(tmp_path):
+    (tmp_path / "c" / ".lock").mkdir(parents=True)  # root may write wherever permissions say no
+    (tmp_path / "file").write_text("")
+    for root, name in ((tmp_path, "c"), (tmp_path / "file", "c")):
+        with (
+            pytest.raises(StoreError, match=r"expected a writable folder at .*, got: .* --root"),
+            store.Campaign(root, name),
+        ):
+            pass
+
+
 def test_what_a_killed_writer_left_is_swept(tmp_path):
     (tmp_path / "c" / "iter_01").mkdir(parents=True)
     left = tmp_path / "c" / "iter_01" / ".part-00000.parquet.999.tmp"

@@ -92,6 +92,14 @@ def test_one_setting_closes_both_servers_and_lets_their_clients_in(monkeypatch: 
             logs = "".join(path.read_text(errors="replace") for path in stack.home.glob("*.log"))
             assert auth.partition(":")[2] not in logs
             assert "inside" in _mlflow_runs(stack, auth)
+            assert (stack.home / "users" / "users.db").exists()
+            assert not Path("basic_auth.db").exists()  # where MLflow would keep them
+            monkeypatch.setenv("SRLM_AUTH", newer := "team:another-password-33166247")
+            stack.stop("mlflow")
+            stack.start("mlflow")
+            stack.await_servers()
+            assert status(mlflow, auth) == 401
+            assert status(mlflow, newer) in (200, 400)
 
 
 def _mlflow_runs(stack: Stack, auth: str) -> str:

@@ -345,6 +345,17 @@ def test_two_workers_that_are_given_one_campaign_do_not_share_it(team: Team, cal
     assert datasets(team.root / "wanted") == datasets(calm[1])
 
 
+def test_a_run_that_no_worker_takes_is_called_late_and_waits_for_one(team: Team) -> None:
+    team.stack.stop(WORKER)
+    try:
+        run_id = team.start(recipe="smoke", name="waited", settings={"iterations": 1}, overrides=TINY)
+        late = team.until(run_id, lambda state: state.name == "Late", 90)
+        assert late.run_count == 0
+    finally:
+        team.stack.start(WORKER)
+    assert team.finished(run_id).state.is_completed()
+
+
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
