@@ -27,6 +27,14 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: what works on the stack shares one process, and everything else one with its file."""
+    for item in items:
+        on_the_stack = "deployments" in item.path.parts and item.get_closest_marker("cluster")
+        item.add_marker(pytest.mark.xdist_group("stack" if on_the_stack else item.path.name))
+
+
 @pytest.fixture
 def scripted(tmp_path: Path) -> Callable[..., Path]:
     """Run a scripted campaign with overrides; returns its folder."""

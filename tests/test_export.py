@@ -205,7 +205,7 @@ def hub():
 
 def srlm(folder, endpoint, *more):
     surroundings = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_planted", "HF_HUB_DISABLE_TELEMETRY": "1",
-                    "HF_HOME": str(folder.parent / "hf")}  # fmt: skip
+                    "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder.parent / "hf")}  # fmt: skip
     command = [sys.executable, "-m", "flows.cli", "export", folder.name, "--root", str(folder.parent), *more]
     return subprocess.run(
         command, capture_output=True, text=True, env=surroundings, cwd=Path(__file__).parents[1], check=False

@@ -219,8 +219,18 @@ def test_the_mean_is_over_the_tokens_of_all_ranks(both: Any, tiny: Path) -> None
 # ----------------------------------------------------------------------------------------------------------- deaths
 
 
+_others: set[psutil.Process] = set()
+"""What other tests of this process have running."""
+
+
+@pytest.fixture(autouse=True)
+def _whose_is_whose() -> None:
+    _others.clear()
+    _others.update(psutil.Process().children(recursive=True))
+
+
 def _descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [each for each in psutil.Process().children(recursive=True) if each not in _others]
 
 
 def _gone(processes: list[psutil.Process], within_s: float) -> bool:
