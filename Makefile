@@ -34,7 +34,7 @@ test-slow: $(READY)  ## the suites that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-cluster: $(READY)  ## servers, Ray, several training ranks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not gpu"
 
 check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ server refuses what cannot work before a run is made. An empty field is the reci
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -64,8 +65,9 @@ def _recipe(name: str) -> str:
     return name
 
 
-def _as_the_page_needs_it(schema: dict[str, Any]) -> None:
+def _as_the_page_needs_it(position: int, schema: dict[str, Any]) -> None:
     schema.pop("default", None)
+    schema["position"] = position  # PostgreSQL keeps the fields, and not their order
     if schema.get("type") == "string" and "enum" not in schema:
         schema["pattern"] = NO_PASSWORD
 
@@ -86,7 +88,7 @@ class _Form(BaseModel):
         return {name: value for name, value in handler(self).items() if value is not None}
 
 
-def _field(name: str) -> tuple[Any, Any]:
+def _field(position: int, name: str) -> tuple[Any, Any]:
     """Make a form's field of a setting: its type without null, its bounds, its description, no default."""
     *nodes, last = name.split(".")
     model: Any = RunConfig
@@ -96,7 +98,8 @@ def _field(name: str) -> tuple[Any, Any]:
     kinds = [kind for kind in get_args(found.annotation) if kind is not NoneType]
     kind = found.annotation if get_origin(found.annotation) is Literal or not kinds else kinds[0]
     bounded = Annotated[(kind, *found.metadata)] if found.metadata else kind
-    described = Field(default=None, title=name, description=found.description, json_schema_extra=_as_the_page_needs_it)
+    shown = partial(_as_the_page_needs_it, position)
+    described = Field(default=None, title=name, description=found.description, json_schema_extra=shown)
     return bounded | SkipJsonSchema[None], described
 
 
@@ -105,7 +108,7 @@ if TYPE_CHECKING:
 else:
     Changed = create_model(
         "Settings", __base__=_Form, __doc__="What differs from the recipe. Empty: the recipe's own value.",
-        **{name.replace(".", "_"): _field(name) for name in OFFERED},
+        **{name.replace(".", "_"): _field(position, name) for position, name in enumerate(OFFERED)},
     )  # fmt: skip
 """Typed overrides: `responses_n` for `responses.n`, and so on."""
 NOTHING = Changed()

@@ -27,12 +27,17 @@ TINY = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: what works on the stack shares one process, and everything else one with its file."""
-    for item in items:
-        on_the_stack = "deployments" in item.path.parts and item.get_closest_marker("cluster")
-        item.add_marker(pytest.mark.xdist_group("stack" if on_the_stack else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes, a file stays in one, and so does all that works on the stack."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "the stack" if file.startswith("tests/deployments/") else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture

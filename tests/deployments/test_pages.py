@@ -13,6 +13,8 @@ from uuid import UUID
 import pytest
 from team import Team
 
+from flows import form
+
 pytestmark = [pytest.mark.cluster, pytest.mark.prefect, pytest.mark.timeout(900)]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,6 +60,10 @@ def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
     field(page, "name").fill(name)
+    labels = [
+        label.removesuffix(" (Optional)") for label in page.locator(".schema-form-property__label").all_inner_texts()
+    ]
+    assert [label for label in labels if label in form.OFFERED] == list(form.OFFERED)
     for setting, value in settings.items():
         field(page, setting).fill(str(value))
     shot(page, "prefect-form")

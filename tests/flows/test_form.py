@@ -44,6 +44,7 @@ def test_each_field_has_the_bounds_of_its_setting() -> None:
     assert set(fields) == {name.replace(".", "_") for name in form.OFFERED}
     assert fields["responses_n"] | {"description": ""} == {
         "type": "integer", "minimum": 1, "title": "responses.n", "description": "",
+        "position": form.OFFERED.index("responses.n"),
     }  # fmt: skip
     assert fields["judgments_reading"]["enum"] == ["text", "guided", "expected"]
     assert set(form.OFFERED) <= set(settings.flat(RunConfig()))
