@@ -169,9 +169,13 @@ def of_campaign(name: str) -> list[int]:
 
 
 @contextmanager
-def restarted_by_prefect(team: Team) -> Iterator[None]:
+def restarted_by_prefect(team: Team, lost_after_s: int = 600) -> Iterator[None]:
     """Put the shipped automations in place."""
-    made = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(RESTART)]
+    shipped = RESTART.read_text()
+    assert shipped.count("within: 600 ") == 1
+    file = team.root / "restart.yaml"
+    file.write_text(shipped.replace("within: 600 ", f"within: {lost_after_s} "))
+    made = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(file)]
     subprocess.run(made, env=os.environ | team.stack.environment, check=True, capture_output=True)
     try:
         yield
@@ -211,6 +215,24 @@ def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_agai
     assert team.run(run_id).run_count == 2
     assert datasets(team.root / name) == datasets(calm[1])
     assert_recorded_alike(team, name)
+
+
+def test_a_campaign_whose_machine_is_lost_goes_on_with_another_worker(team: Team, calm: tuple[UUID, Path]) -> None:
+    """Nobody is left to say that the run crashed: its heartbeats stop, one of which comes every 30 s."""
+    with restarted_by_prefect(team, lost_after_s=45):
+        run_id = team.start(recipe="smoke", name="lost", settings=SIZE)
+        wait_for(team, run_id, team.root / "lost" / "iter_02")
+        machine = psutil.Process(team.stack.pid(WORKER)).children(recursive=True)
+        for process in sorted(machine, key=lambda one: one.pid, reverse=True):
+            process.kill()
+        psutil.wait_procs(machine, timeout=30)
+        assert team.run(run_id).state.is_running()
+        team.stack.stop(WORKER)
+        team.stack.start(WORKER)
+        team.until(run_id, lambda state: state.is_completed())
+    assert team.run(run_id).run_count == 2
+    assert datasets(team.root / "lost") == datasets(calm[1])
+    assert_recorded_alike(team, "lost")
 
 
 @pytest.mark.parametrize("worker", ["that hears of it", "deaf since the server was away"])
