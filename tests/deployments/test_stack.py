@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,14 @@ def test_a_run_that_was_started_in_the_pages_completes_and_shows_itself(team: Te
 # --- what is away, or dies --------------------------------------------------------------------------------------------
 
 
+_away_under: dict[str, int] = {}
+"""By server, the worker that lived through its last outage."""
+
+
 @contextmanager
 def away(team: Team, name: str) -> Iterator[None]:
     """Stop a server, and start it again afterwards."""
+    _away_under[name] = team.stack.pid(WORKER)
     database = team.stack.database if name == "postgres" else None
     database.stop() if database else team.stack.stop(name)
     try:
@@ -168,9 +173,45 @@ def of_campaign(name: str) -> list[int]:
     return found
 
 
+def nothing_is_left_of(name: str) -> None:
+    gone = time.monotonic() + 30
+    while of_campaign(name):
+        assert time.monotonic() < gone, of_campaign(name)
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("worker", ["deaf since the server was away", "that hears of it"])
+def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Team, worker: str) -> None:
+    from engines.tiny import tiny_model
+    from prefect.states import Cancelling
+
+    model, name = team.root / "models" / "tiny", f"cancelled-{worker.partition(' ')[0]}"
+    if not model.exists():
+        tiny_model(model, seed=0)
+    if "deaf" not in worker:
+        team.stack.stop(WORKER)
+        team.stack.start(WORKER)
+    elif _away_under.get("prefect") != team.stack.pid(WORKER):
+        with away(team, "prefect"):
+            time.sleep(60)
+    run_id = team.start(recipe="self_rewarding", size="small", name=name, settings={"model_path": str(model)})
+    children = psutil.Process(team.stack.pid(WORKER)).children
+    until = time.monotonic() + 120
+    while not any("srlm_core.engines" in " ".join(one.cmdline()) for one in children(recursive=True)):
+        assert time.monotonic() < until, team.last_words()
+        time.sleep(0.2)
+    with team.client() as client:
+        client.set_flow_run_state(run_id, Cancelling())
+    run = team.finished(run_id, 120)
+    assert run.state.is_cancelled(), run.state
+    nothing_is_left_of(name)
+    turns, _, _ = shown_by_prefect(team, run_id)
+    assert not {state for _, state in turns} & {"Running", "Pending"}
+
+
 @contextmanager
-def restarted_by_prefect(team: Team, lost_after_s: int = 600) -> Iterator[None]:
-    """Put the shipped automations in place."""
+def restarted_by_prefect(team: Team, *, lost_after_s: int) -> Iterator[None]:
+    """Put the shipped automations in place, with a shorter patience."""
     shipped = RESTART.read_text()
     assert shipped.count("within: 600 ") == 1
     file = team.root / "restart.yaml"
@@ -185,36 +226,28 @@ def restarted_by_prefect(team: Team, lost_after_s: int = 600) -> Iterator[None]:
                 client.request("DELETE", "/automations/{id}", path_params={"id": automation["id"]})
 
 
-@pytest.mark.parametrize("again", ["by hand", "by the automation"])
 def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_again(
-    team: Team, calm: tuple[UUID, Path], again: str
+    team: Team, calm: tuple[UUID, Path]
 ) -> None:
     from prefect.states import AwaitingRetry
 
-    name = f"killed-{again.replace(' ', '-')}"
-    with restarted_by_prefect(team) if again == "by the automation" else nullcontext():
-        run_id = team.start(recipe="smoke", name=name, settings=SIZE)
-        wait_for(team, run_id, team.root / name / "iter_02")
-        assert of_campaign(name)
-        for process in psutil.Process(team.stack.pid(WORKER)).children(recursive=True):
-            if "worker" in process.cmdline():
-                os.kill(process.pid, signal.SIGKILL)
-        if again == "by hand":
-            state = team.until(run_id, lambda state: state.is_crashed(), 60).state
-            assert "interrupt" in state.message
-        gone = time.monotonic() + 30
-        while of_campaign(name):
-            assert time.monotonic() < gone, of_campaign(name)
-            time.sleep(0.2)
-        if again == "by hand":
-            with team.client() as client:  # the button "Retry"
-                client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
-        team.stack.stop(WORKER)
-        team.stack.start(WORKER)
-        team.until(run_id, lambda state: state.is_completed())
+    run_id = team.start(recipe="smoke", name="killed", settings=SIZE)
+    wait_for(team, run_id, team.root / "killed" / "iter_02")
+    assert of_campaign("killed")
+    for process in psutil.Process(team.stack.pid(WORKER)).children(recursive=True):
+        if "worker" in process.cmdline():
+            os.kill(process.pid, signal.SIGKILL)
+    state = team.until(run_id, lambda state: state.is_crashed(), 60).state
+    assert "interrupt" in state.message
+    nothing_is_left_of("killed")
+    with team.client() as client:  # the button "Retry"
+        client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+    team.stack.stop(WORKER)
+    team.stack.start(WORKER)
+    team.until(run_id, lambda state: state.is_completed())
     assert team.run(run_id).run_count == 2
-    assert datasets(team.root / name) == datasets(calm[1])
-    assert_recorded_alike(team, name)
+    assert datasets(team.root / "killed") == datasets(calm[1])
+    assert_recorded_alike(team, "killed")
 
 
 def test_a_campaign_whose_machine_is_lost_goes_on_with_another_worker(team: Team, calm: tuple[UUID, Path]) -> None:
@@ -233,35 +266,6 @@ def test_a_campaign_whose_machine_is_lost_goes_on_with_another_worker(team: Team
     assert team.run(run_id).run_count == 2
     assert datasets(team.root / "lost") == datasets(calm[1])
     assert_recorded_alike(team, "lost")
-
-
-@pytest.mark.parametrize("worker", ["that hears of it", "deaf since the server was away"])
-def test_a_run_that_is_cancelled_in_the_pages_takes_its_engines_with_it(team: Team, worker: str) -> None:
-    from engines.tiny import tiny_model
-    from prefect.states import Cancelling
-
-    model, name = team.root / "models" / "tiny", f"cancelled-{worker.partition(' ')[0]}"
-    if not model.exists():
-        tiny_model(model, seed=0)
-    if "deaf" in worker:
-        with away(team, "prefect"):
-            time.sleep(60)
-    run_id = team.start(recipe="self_rewarding", size="small", name=name, settings={"model_path": str(model)})
-    children = psutil.Process(team.stack.pid(WORKER)).children
-    until = time.monotonic() + 120
-    while not any("srlm_core.engines" in " ".join(one.cmdline()) for one in children(recursive=True)):
-        assert time.monotonic() < until, team.last_words()
-        time.sleep(0.2)
-    with team.client() as client:
-        client.set_flow_run_state(run_id, Cancelling())
-    run = team.finished(run_id, 120)
-    assert run.state.is_cancelled(), run.state
-    gone = time.monotonic() + 30
-    while of_campaign(name):
-        assert time.monotonic() < gone, of_campaign(name)
-        time.sleep(0.2)
-    turns, _, _ = shown_by_prefect(team, run_id)
-    assert not {state for _, state in turns} & {"Running", "Pending"}
 
 
 # --- schedules, limits, ten at once -----------------------------------------------------------------------------------
