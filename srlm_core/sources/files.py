@@ -138,5 +138,8 @@ def _of_dataset(where: str) -> Iterator[tuple[int, Row | Broken]]:
     try:
         rows = datasets.load_dataset(str(Path(name).expanduser()), split=split or "train")
     except Exception as error:  # whatever the hub, the network or a folder's own layout bring
-        raise DataError(f"expected a dataset {name!r} with a split {split or 'train'!r}, got: {error}") from error
+        raise DataError(
+            f"expected a dataset {name!r} with a split {split or 'train'!r}, got: {error}. Check its name; where the "
+            "hub cannot be reached, name a file of yours, or the folder of a copy."
+        ) from error
     yield from enumerate((dict(row) for row in rows), start=1)
