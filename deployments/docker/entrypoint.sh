@@ -10,7 +10,7 @@ if [ -n "${SRLM_AUTH:-}" ]; then
   # MLflow keeps its users where it is started, and the first password for ever: a new file has today's
   if [ "$1" = mlflow ] && [ -z "${MLFLOW_AUTH_CONFIG_PATH:-}" ]; then
     users=${SRLM_USERS:-$(mktemp -d)}
-    mkdir -p "$users" && rm -f "$users"/*
+    mkdir -p -m 700 "$users" && rm -f "$users"/*
     printf '[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///%s/users.db\n' "$users" > "$users/auth.ini"
     export MLFLOW_AUTH_CONFIG_PATH="$users/auth.ini"
   fi

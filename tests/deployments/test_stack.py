@@ -226,6 +226,16 @@ def restarted_by_prefect(team: Team, *, lost_after_s: int) -> Iterator[None]:
                 client.request("DELETE", "/automations/{id}", path_params={"id": automation["id"]})
 
 
+def assert_another_worker_ends_it(team: Team, run_id: UUID, name: str, calm: Path) -> None:
+    """The same flow run goes on, to the same bytes, with nothing recorded twice."""
+    team.stack.stop(WORKER)
+    team.stack.start(WORKER)
+    team.until(run_id, lambda state: state.is_completed())
+    assert team.run(run_id).run_count == 2
+    assert datasets(team.root / name) == datasets(calm)
+    assert_recorded_alike(team, name)
+
+
 def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_again(
     team: Team, calm: tuple[UUID, Path]
 ) -> None:
@@ -242,12 +252,7 @@ def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_agai
     nothing_is_left_of("killed")
     with team.client() as client:  # the button "Retry"
         client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
-    team.stack.stop(WORKER)
-    team.stack.start(WORKER)
-    team.until(run_id, lambda state: state.is_completed())
-    assert team.run(run_id).run_count == 2
-    assert datasets(team.root / "killed") == datasets(calm[1])
-    assert_recorded_alike(team, "killed")
+    assert_another_worker_ends_it(team, run_id, "killed", calm[1])
 
 
 def test_a_campaign_whose_machine_is_lost_goes_on_with_another_worker(team: Team, calm: tuple[UUID, Path]) -> None:
@@ -260,12 +265,7 @@ def test_a_campaign_whose_machine_is_lost_goes_on_with_another_worker(team: Team
             process.kill()
         psutil.wait_procs(machine, timeout=30)
         assert team.run(run_id).state.is_running()
-        team.stack.stop(WORKER)
-        team.stack.start(WORKER)
-        team.until(run_id, lambda state: state.is_completed())
-    assert team.run(run_id).run_count == 2
-    assert datasets(team.root / "lost") == datasets(calm[1])
-    assert_recorded_alike(team, "lost")
+        assert_another_worker_ends_it(team, run_id, "lost", calm[1])
 
 
 # --- schedules, limits, ten at once -----------------------------------------------------------------------------------
