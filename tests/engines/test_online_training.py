@@ -38,7 +38,7 @@ def reward(child: Any, tiny: Path) -> Path:
         TrainingJob(
             kind="reward", rows=folder / "rankings.parquet", init_from=tiny, output=folder / "reward",
             work_dir=made(folder / "reward_work"), threads=2,
-            settings=RewardConfig(learning_rate=1e-2, final_learning_rate=1e-3, batch_size=4),
+            settings=RewardConfig(learning_rate=1e-2, final_learning_rate=1e-3, batch_size=4, precision="float32"),
         ),
         lambda **_: None,
     )  # fmt: skip
@@ -57,6 +57,7 @@ def job(
     rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"Why {i}?"}]} for i in range(n)]
     pq.write_table(schemas.table(rows, schemas.QUERIES), tmp_path / f"{name}.parquet")
     quick = {
+        "precision": "float32",
         "learning_rate": 1e-3, "final_learning_rate": 1e-4, "batch_size": 2, "micro_batch_size": 4, "n": 4, "kl": KL,
         "max_length": 256, "sampling": {"temperature": 1.0, "top_p": 1.0, "max_tokens": 12},
     }  # fmt: skip

@@ -92,16 +92,19 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         resolve(recipes.load("self_rewarding", "smoke", asked))
 
 
-def test_blank_rows_fill_the_last_step_and_change_no_other(child: Any) -> None:
+def test_blank_rows_fill_the_last_step_and_change_no_other() -> None:
+    from srlm_core.engines.trainers import StepSampler
+    from srlm_core.engines.training_rows import Tokenized, blank_rows
+
     lengths = [5, 9, 2, 7, 7, 3, 8, 1, 4, 6, 2]
-    steps = list(child.StepSampler(lengths, 4, seed=3))
-    assert list(child.StepSampler(lengths, 4, seed=3, blanks=1)) == [*steps, 11]
-    row = child.Tokenized("r", [5, 6, 7], ([8], [9, 10]), {"label": 1.0, "weight": 1.0})
-    blanks = child.blank_rows([row] * 11, 4)
+    steps = list(StepSampler(lengths, 4, seed=3))
+    assert list(StepSampler(lengths, 4, seed=3, blanks=1)) == [*steps, 11]
+    row = Tokenized("r", [5, 6, 7], ([8], [9, 10]), {"label": 1.0, "weight": 1.0})
+    blanks = blank_rows([row] * 11, 4)
     assert len(blanks) == 1
     assert blanks[0].completions == ([], [])
     assert blanks[0].numbers["weight"] == 0
-    assert child.blank_rows([row] * 12, 4) == []
+    assert blank_rows([row] * 12, 4) == []
 
 
 def test_another_number_of_ranks_goes_on_from_the_same_checkpoints(child: Any, tiny: Path, tmp_path: Path) -> None:

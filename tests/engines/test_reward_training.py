@@ -43,7 +43,9 @@ def job(
     tmp_path: Path, model: Path, rows: list[dict[str, Any]], *, name: str = "reward", **changes: Any
 ) -> TrainingJob:
     pq.write_table(training.rankings(rows), tmp_path / f"{name}.parquet")
-    quick = {"learning_rate": 3e-3, "final_learning_rate": 3e-4, "batch_size": 4, "max_length": 256}
+    quick = {
+        "learning_rate": 3e-3, "final_learning_rate": 3e-4, "batch_size": 4, "max_length": 256, "precision": "float32",
+    }  # fmt: skip
     return TrainingJob(
         kind="reward", rows=tmp_path / f"{name}.parquet", init_from=model, output=tmp_path / name,
         work_dir=tmp_path / f"{name}_work", threads=2, settings=RewardConfig.model_validate({**quick, **changes}),
@@ -266,7 +268,8 @@ def changed(source: Path, target: Path, **config: Any) -> Path:
 def test_what_does_not_fit_the_context_has_no_reward(trained: Path, tmp_path: Path) -> None:
     asked: Any = ({"role": "user", "content": "Why?"},)
     rows = [ScoredText("short", asked, "So."), ScoredText("long", asked, "so " * 300)]
-    with open_engine(EngineConfig(kind="transformers", context=256), trained, log=tmp_path / "log") as engine:
+    config = EngineConfig(kind="transformers", context=256, dtype="float32")
+    with open_engine(config, trained, log=tmp_path / "log") as engine:
         found = {row.id: row.reward for row in engine.rewards(rows)}
     assert found == {"short": pytest.approx(rewards_of(trained, rows[:1])["short"], abs=1e-5), "long": None}
 

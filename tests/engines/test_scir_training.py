@@ -42,6 +42,7 @@ def job(tmp_path: Path, model: Path, rows: pa.Table, *, name: str = "M1", refere
     pq.write_table(rows, tmp_path / f"{name}.parquet")
     quick = {
         "learning_rate": 1e-3, "final_learning_rate": 1e-4, "batch_size": 4, "micro_batch_size": 4, "max_length": 512,
+        "precision": "float32",
     }  # fmt: skip
     return TrainingJob(
         kind="dpo", rows=tmp_path / f"{name}.parquet", init_from=model, reference=reference, output=tmp_path / name,
@@ -149,16 +150,18 @@ def test_the_warm_up_ends_and_a_resumed_run_knows_at_which_step_it_is(
     child: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four steps, half of them warm: nothing is left out in the first two, as delta is 0."""
+    from srlm_core.engines import losses
+
     settings: dict[str, Any] = {"epochs": 4, "checkpoint_steps": 1, "scir": {"warmup": 0.5}}
     calm = train(child, job(tmp_path, tiny, pairs(3), name="calm", **settings))
     warm: list[bool] = []
-    scir = child.losses.scir
+    scir = losses.scir
 
     def watched(*given: Any, **how: Any) -> Any:
         warm.append(how["warming_up"])
         return scir(*given, **how)
 
-    monkeypatch.setattr(child.losses, "scir", watched)
+    monkeypatch.setattr(losses, "scir", watched)
     killed = job(tmp_path, tiny, pairs(3), name="killed", **settings)
     with monkeypatch.context() as patch:
 
@@ -190,24 +193,24 @@ def test_lora_asks_too(child: Any, tiny: Path, tmp_path: Path) -> None:
     assert result.log[0].keys() >= {f"scir/{name}" for name in LOGGED}
 
 
-def test_verdict_tokens_follow_the_prefix_as_an_engine_finds_them(child: Any, tiny: Path) -> None:
+def test_verdict_tokens_follow_the_prefix_as_an_engine_finds_them(tiny: Path) -> None:
     from srlm_core.engines.rendering import Renderer
+    from srlm_core.engines.training_rows import questions
 
     renderer = Renderer(tiny)
     (row,) = pairs(1).to_pylist()
-    for asked in child.questions(row, renderer):
+    for asked in questions(row, renderer):
         assert [renderer.decode([token]).strip() for token in asked.tokens] == ["A", "B"]
         assert renderer.decode(asked.prompt).rstrip().endswith("Better:")
 
 
-def test_choices_of_more_than_a_token_are_refused_in_words(
-    child: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choices_of_more_than_a_token_are_refused_in_words(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srlm_core.engines.rendering import Renderer
+    from srlm_core.engines.training_rows import questions
 
-    monkeypatch.setattr(child.schemas, "SHOWN", ("Antidisestablishment", "B"))
+    monkeypatch.setattr(schemas, "SHOWN", ("Antidisestablishment", "B"))
     with pytest.raises(ModelError, match="expected each choice to be one token"):
-        child.questions(pairs(1).to_pylist()[0], Renderer(tiny))
+        questions(pairs(1).to_pylist()[0], Renderer(tiny))
 
 
 @pytest.mark.parametrize("name", ["asked_ab", "asked_ba"])
@@ -221,9 +224,11 @@ def test_a_row_without_its_question_is_refused_with_its_id(name: str, child: Any
 
 
 def test_a_question_that_is_too_long_leaves_its_pair_out(child: Any, tiny: Path, tmp_path: Path) -> None:
+    from srlm_core.engines.training_rows import questions
+
     told: list[dict[str, Any]] = []
     rows = pairs(3)
-    lengths = [max(len(asked.prompt) for asked in child.questions(row, _renderer(tiny))) for row in rows.to_pylist()]
+    lengths = [max(len(asked.prompt) for asked in questions(row, _renderer(tiny))) for row in rows.to_pylist()]
     kept, _, dropped = child.load_rows(
         job(tmp_path, tiny, rows, max_length=max(lengths) - 1), _tokenizer(tiny), lambda **event: told.append(event)
     )
@@ -238,15 +243,17 @@ def test_rows_held_out_have_no_better_response_to_check_by(tiny: Path, tmp_path:
         TrainingJob.model_validate(asked | {"heldout": asked["rows"]})
 
 
-def test_logits_are_compared_in_float32_under_bfloat16(child: Any) -> None:
+def test_logits_are_compared_in_float32_under_bfloat16() -> None:
     """20.03 and 20.00 are both 20 in bfloat16, and so would their difference be 0."""
     import torch
+
+    from srlm_core.engines.dpo_training import exact
 
     head = torch.nn.Linear(1, 2, bias=False)
     head.weight.data = torch.tensor([[20.03], [20.0]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = head(torch.ones(1, 1))
-        with child._exact(head):
+        with exact(head):
             exact = head(torch.ones(1, 1))
         again = head(torch.ones(1, 1))
     assert (rounded[0, 0] - rounded[0, 1]).item() == (again[0, 0] - again[0, 1]).item() == 0

@@ -61,6 +61,7 @@ def _job(tmp_path: Path, kind: str, model: Path, rows: list[dict[str, Any]], *, 
         "batch_size": 4,
         "micro_batch_size": 4,
         "max_length": 256,
+        "precision": "float32",  # numbers are compared to the fifth digit; a processor with bfloat16 would take that
     }
     return TrainingJob(
         kind=kind, rows=_write(tmp_path / f"{name}.parquet", rows), init_from=model, reference=reference, seed=seed,
@@ -97,9 +98,11 @@ def _gap(a: Path, b: Path) -> float:
 def test_the_end_of_turn_token_is_in_the_loss_and_is_the_last(child: Any, tiny: Path) -> None:
     from transformers import AutoTokenizer
 
+    from srlm_core.engines.training_rows import tokenize
+
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     row = {"id": "a", "prompt": _said("user", "Say two words."), "completion": _said("assistant", "two words")}
-    tokenized = child.tokenize(row, "sft", tokenizer, {2})
+    tokenized = tokenize(row, "sft", tokenizer, {2})
     assert tokenizer.decode(tokenized.completions[0]) == "two words<|im_end|>"
     assert tokenizer.decode(tokenized.prompt).endswith("<|im_start|>assistant\n")
     dataset = child.as_dataset([tokenized], "sft")
@@ -107,8 +110,10 @@ def test_the_end_of_turn_token_is_in_the_loss_and_is_the_last(child: Any, tiny: 
     assert tokenizer.convert_ids_to_tokens(dataset[0]["labels"][-1]) == "<|im_end|>"
 
 
-def test_a_template_without_an_end_of_turn_token_is_refused(child: Any, tiny: Path) -> None:
+def test_a_template_without_an_end_of_turn_token_is_refused(tiny: Path) -> None:
     from transformers import AutoTokenizer
+
+    from srlm_core.engines.training_rows import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = (
@@ -116,7 +121,7 @@ def test_a_template_without_an_end_of_turn_token_is_refused(child: Any, tiny: Pa
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     with pytest.raises(TrainingFailed, match="never stops"):
-        child.tokenize(_rows("sft", 1)[0], "sft", tokenizer, {2})
+        tokenize(_rows("sft", 1)[0], "sft", tokenizer, {2})
 
 
 def test_rows_that_are_too_long_are_left_out_reported_first_and_never_cut(
@@ -461,24 +466,28 @@ def _share_apart(a: Path, b: Path, tolerance: float = 2e-5) -> float:
     return apart / sum(weight.numel() for weight in ours.values())
 
 
-def test_a_step_depends_on_seed_and_epoch_alone(child: Any) -> None:
+def test_a_step_depends_on_seed_and_epoch_alone() -> None:
+    from srlm_core.engines.trainers import StepSampler
+
     lengths = [random.Random(i).randint(5, 90) for i in range(11)]
-    sampler = child.StepSampler(lengths, 4, seed=3)
+    sampler = StepSampler(lengths, 4, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(11))
-    assert list(child.StepSampler(lengths, 4, seed=3)) == first
+    assert list(StepSampler(lengths, 4, seed=3)) == first
     for start in (0, 4, 8):
         step = [lengths[i] for i in first[start : start + 4]]
         assert step == sorted(step, reverse=True)
     sampler.set_epoch(1)
     assert list(sampler) != first
-    made = {frozenset(list(child.StepSampler(lengths[:8], 4, seed))[:4]) for seed in range(6)}
+    made = {frozenset(list(StepSampler(lengths[:8], 4, seed))[:4]) for seed in range(6)}
     assert len(made) > 3, "also where there are few rows, which ones meet in a step is the seed's"
 
 
-def test_a_step_holds_rows_of_like_length(child: Any) -> None:
+def test_a_step_holds_rows_of_like_length() -> None:
+    from srlm_core.engines.trainers import StepSampler
+
     lengths = [10] * 32 + [300] * 32 + [20]
-    steps = list(child.StepSampler(lengths, 8, seed=1))
+    steps = list(StepSampler(lengths, 8, seed=1))
     assert sorted(steps) == list(range(65))
     whole = [[lengths[i] for i in steps[start : start + 8]] for start in range(0, 64, 8)]
     assert sum(len(set(step)) > 1 for step in whole) <= 2, "one in each of two pools"
@@ -741,13 +750,15 @@ def test_a_missing_file_of_rows_is_named_by_the_parent(tiny: Path, tmp_path: Pat
         train(job, log=tmp_path / "child.log")
 
 
-def test_a_corrupt_file_of_rows_or_a_missing_column_is_named(child: Any, tmp_path: Path) -> None:
+def test_a_corrupt_file_of_rows_or_a_missing_column_is_named(tmp_path: Path) -> None:
+    from srlm_core.engines.training_rows import read_rows
+
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(TrainingFailed, match="expected a Parquet file of rows"):
-        child.read_rows(broken, "sft")
+        read_rows(broken, "sft")
     with pytest.raises(TrainingFailed, match="missing: chosen, rejected"):
-        child.read_rows(_write(tmp_path / "sft.parquet", _rows("sft", 2)), "dpo")
+        read_rows(_write(tmp_path / "sft.parquet", _rows("sft", 2)), "dpo")
 
 
 def test_a_model_that_is_not_there_is_named(child: Any, tiny: Path, tmp_path: Path) -> None:
