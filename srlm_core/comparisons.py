@@ -123,7 +123,7 @@ def compare(
             name = digest(order, match.prompt_id, match.a_id, match.b_id)
             drops.append({"id": name, "stage": stage, "reason": why, "iteration": iteration, "detail": None})
         else:
-            p_first = judgments.normalise(logprobs)[0]
+            p_first = judgments.read_off(judgments.normalise(logprobs)[0])
             text = f"{before[key]}{schemas.BETTER_LINE}A:{p_first:.3f} B:{1 - p_first:.3f}"
             rows.append({**row(match, order, judge_name, rubric.identity, iteration), "text": text, "verdict": p_first})
     return schemas.table(rows, schemas.JUDGMENTS), schemas.table(drops, schemas.DROPS)

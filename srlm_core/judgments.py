@@ -296,12 +296,12 @@ def _read_guided(requests: Sequence[Request], engine: Engine, config: JudgmentsC
 
 
 def _read_expected(requests: Sequence[Request], engine: Engine, config: JudgmentsConfig) -> _Read:
-    """The probability-weighted mean over the score tokens: sum of p(i) i over 0..5, renormalised."""
+    """The probability-weighted mean over the score tokens: sum of p(i) i over 0..5, renormalised; read_off."""
     for target_id, made, weights in _scored(requests, engine, config):
         if weights is None:
             yield target_id, made
             continue
-        value = sum(weight * float(point) for weight, point in zip(weights, POINTS, strict=True))
+        value = read_off(sum(weight * float(point) for weight, point in zip(weights, POINTS, strict=True)))
         spelled = " ".join(f"{point}:{weight:.3f}" for weight, point in zip(weights, POINTS, strict=True))
         yield target_id, made._replace(text=f"{made.text}{SCORE_LINE}{spelled}", verdict=Verdict(value, None))
 
@@ -351,6 +351,15 @@ def normalise(logprobs: Sequence[float]) -> list[float]:
     top = max(logprobs)
     weights = [math.exp(value - top) for value in logprobs]
     return [weight / sum(weights) for weight in weights]
+
+
+def read_off(value: float) -> float:
+    """Round a verdict that was computed from probabilities to a ten-thousandth.
+
+    Log-probabilities are float32 and differ in the last bits with whatever else is in the batch. Of responses that the
+    judge gives the same score, one would be chosen over the other for the ninth digit.
+    """
+    return round(value, 4)
 
 
 def _tempered(weights: Sequence[float], temperature: float) -> list[float]:

@@ -167,7 +167,7 @@ def _read_expected(requests: Sequence[Request], engine: Engine) -> _Read:
     asked = [Request(request.id, messages=request.messages, prefix=WINNER_LINE) for request in requests]
     for scores in engine.token_scores(asked, CHOICES):
         if scores.logprobs is not None:
-            p = judgments.normalise(scores.logprobs)[0]
+            p = judgments.read_off(judgments.normalise(scores.logprobs)[0])
             yield scores.request_id, f"{WINNER_LINE}A:{p:.3f} B:{1 - p:.3f}", Verdict(p, None), "stop"
         elif scores.missing != "too_long":
             yield scores.request_id, "", Verdict(None, "no_answer"), scores.missing

@@ -9,7 +9,7 @@ from tables import judgments as rows
 
 from srlm_core import judgments
 from srlm_core.config import EngineConfig, JudgmentsConfig, SamplingConfig
-from srlm_core.engines.protocol import Completion
+from srlm_core.engines.protocol import Completion, TokenScores
 from srlm_core.engines.scripted import ScriptedEngine, base_model
 
 CASES = json.loads((Path(__file__).parent / "verdicts.json").read_text())
@@ -80,6 +80,24 @@ def test_normalised_scores_are_shares():
     assert shares == pytest.approx([0.4, 0.4, 0.2])
 
 
+def test_what_differs_by_the_rounding_of_a_batch_is_the_same_verdict():
+    """Two of the scores that vLLM gave one answer, on the real model: a pair of them would be a pair of nothing."""
+    assert judgments.read_off(2.3264718419263786) == judgments.read_off(2.3264718401874496) == 2.3265
+    assert judgments.read_off(2.3265) < judgments.read_off(2.3298)
+
+    class Batched:
+        kind, context, capabilities = "test", 1000, frozenset({"generate", "token_scores"})
+
+        def token_scores(self, requests, choices):
+            for n, request in enumerate(requests):
+                logprobs = tuple(-1.5 + (1 + n % 3 * 2e-7) * (choice == "3") for choice in choices)
+                yield TokenScores(request.id, logprobs)
+
+    config = JudgmentsConfig(reading="expected", justified=False, k=1)
+    made, _ = judgments.judge(WORK, Batched(), config, iteration=1, judge_name="M1", seed=1)
+    assert len(set(made["verdict"].to_pylist())) == 1
+
+
 @pytest.fixture
 def engine(tmp_path):
     return ScriptedEngine(EngineConfig(kind="scripted", context=2000), base_model(tmp_path, 0.6))
@@ -139,8 +157,6 @@ def test_a_guided_cut_justification_still_ends_in_a_score():
                 yield judgments_scores(request.id)
 
     def judgments_scores(request_id):
-        from srlm_core.engines.protocol import TokenScores
-
         return TokenScores(request_id, (-9.0, -9.0, -9.0, -9.0, -0.001, -9.0))
 
     config = JudgmentsConfig(reading="guided", k=1)
