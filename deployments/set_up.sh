@@ -9,3 +9,5 @@ done
 prefect gcl inspect gpu > /dev/null 2>&1 || prefect gcl create gpu --limit "${SRLM_GPUS:-1}"
 prefect gcl inspect cpu > /dev/null 2>&1 || prefect gcl create cpu --limit "${SRLM_CPU_CAMPAIGNS:-10}"
 prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+# settings that a recipe cannot work with are refused by its form; `prefect deploy` itself knows single fields alone
+python -m flows.clashes

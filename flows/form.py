@@ -44,6 +44,11 @@ def own_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((root() / "recipes").glob("*.toml"))}
 
 
+def offered_recipes() -> list[str]:
+    """List what the form offers: shortcuts, the recipes that ship, the team's own."""
+    return [*recipes.SHORTCUTS, *recipes.names(), *own_recipes()]
+
+
 def recipe_file(name: str) -> str:
     """Return what `recipes.load` finds a form's recipe by. Raises ConfigError, naming what there is."""
     known = [*recipes.SHORTCUTS, *recipes.names()]
@@ -191,8 +196,7 @@ def as_asked(overrides: Mapping[str, Any]) -> list[dict[str, str]]:
 
 # --- the parameters that flows share ----------------------------------------------------------------------------------
 
-_offered = {"type": "string", "enum": [*recipes.SHORTCUTS, *recipes.names(), *own_recipes()]}
-Recipe = Annotated[str, AfterValidator(_recipe), WithJsonSchema(_offered)]
+Recipe = Annotated[str, AfterValidator(_recipe), WithJsonSchema({"type": "string", "enum": offered_recipes()})]
 Size = Literal["", "smoke", "demo", "small", "node", "paper"]
 """Empty: the recipe's own."""
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]

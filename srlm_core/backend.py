@@ -65,12 +65,6 @@ def resolve(config: RunConfig) -> RunConfig:
     engine = config.engine.model_copy(update={"kind": kind})
     if kind != "scripted":
         engine = engine.model_copy(update={"dtype": resolve_dtype(engine)})
-    if kind == "openai":
-        raise ConfigError(
-            "engine.kind: expected an engine that runs a local policy (auto, vllm, transformers, scripted), "
-            "got 'openai': an endpoint cannot be trained. Name it as a judge instead, e.g. "
-            "evaluation.judge='model@http://127.0.0.1:8000/v1'."
-        )
     if kind != "scripted":
         _require_gpus(config)
     return config.model_copy(update={"engine": engine})

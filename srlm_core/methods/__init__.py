@@ -33,7 +33,7 @@ def require_fit(config: RunConfig) -> None:
         at = config.at(t)
         refused = METHODS[config.method].refuses(at) or _refuses_points(at) or _refuses_loss(at) or _refuses_others(at)
         refused = refused or _refuses_steps(at) or _refuses_self_taught(at) or _refuses_explanations(at)
-        refused = refused or _refuses_ranks(at)
+        refused = refused or _refuses_ranks(at) or _refuses_endpoint(at)
         if refused:
             raise ConfigError(refused if t == 1 else f"schedule, from iteration {t} on: {refused}")
 
@@ -86,6 +86,17 @@ def _refuses_ranks(config: RunConfig) -> str | None:
     taught = {"sft", method.learns, *(step.kind for step in method.steps if isinstance(step, Training))}
     refused = (refuses(kind, getattr(how, kind), how.ranks, how.fsdp) for kind in sorted(taught))
     return next(filter(None, refused), None)
+
+
+def _refuses_endpoint(config: RunConfig) -> str | None:
+    """Refuse a policy that only answers."""
+    if config.engine.kind != "openai":
+        return None
+    return (
+        "engine.kind: expected an engine that runs a local policy (auto, vllm, transformers, scripted), got 'openai': "
+        "an endpoint cannot be trained. Name it as a judge instead, e.g. "
+        "evaluation.judge='model@http://127.0.0.1:8000/v1'."
+    )
 
 
 def _refuses_self_taught(config: RunConfig) -> str | None:

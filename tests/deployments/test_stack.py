@@ -387,6 +387,8 @@ def test_a_run_that_no_worker_takes_is_called_late_and_waits_for_one(team: Team)
     [
         ({"settings": {"responses_n": 0}}, "responses_n"),
         ({"settings": {"prompts_file": "prompts.txt"}}, "prompts_file_share"),  # it goes with a share
+        ({"settings": {"responses_n": 1}}, "responses_n"),  # within the field's bounds, but no pair comes of it
+        ({"recipe": "dpo", "settings": {"iterations": 3}}, "iterations"),
         ({"name": "../out"}, "name"),
         ({"recipe": "gone"}, "recipe"),
         ({"overrides": [{"setting": "no.such", "value": "1"}]}, "overrides"),
