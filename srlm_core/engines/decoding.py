@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from srlm_core.config import EngineConfig
+from srlm_core.engines.exact_head import exact
 from srlm_core.engines.messages import Answer, Chosen, Completed, Start, Weighed
 from srlm_core.engines.nucleus import draw, uniform
 from srlm_core.engines.protocol import Completion, FinishReason, LogProb, TokenScores
@@ -268,6 +269,11 @@ class Decoder:
             ):
                 break
             taken.append(self.questions.popleft())
+        with exact(self.model.get_output_embeddings()):
+            return self._weighed(taken)
+
+    def _weighed(self, taken: list[Assess | Compare]) -> list[Answer]:
+        """Weigh questions of one kind in one forward pass."""
         if isinstance(taken[0], Assess):
             return [
                 _weighed(task, logits)

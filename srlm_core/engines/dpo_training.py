@@ -2,8 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from srlm_core.config import DpoConfig
 from srlm_core.engines import losses, ranks
 from srlm_core.engines.callbacks import Report
+from srlm_core.engines.exact_head import exact
 from srlm_core.engines.trainers import ByRow
 from srlm_core.engines.training_rows import QUESTIONS, Tokenized
 
@@ -145,22 +145,6 @@ class Scir(Dpo):
         of_a, of_b = logits[torch.arange(len(ids), device=ids.device), which].gather(1, choices).unbind(dim=1)
         chosen_first, rejected_first = (of_a - of_b).chunk(2)
         return losses.Verdicts(chosen_first, -rejected_first)
-
-
-@contextmanager
-def exact(head: Any) -> Iterator[None]:
-    """Have the head project in float32: rounded to bfloat16, logits around 20 are eighths, and their difference is."""
-
-    def again(head: Any, given: Any, rounded: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(rounded.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return torch.nn.functional.linear(given[0].float(), head.weight.float(), bias)
-
-    hook = head.register_forward_hook(again)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _reference(texts: Any) -> losses.LogProbs:

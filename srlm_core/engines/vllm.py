@@ -1,6 +1,8 @@
 """The vLLM engine: the default on GPUs and on processors. Its child runs vLLM's engine loop in one process."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from srlm_core.config import EngineConfig
@@ -41,6 +43,9 @@ class VllmRunner:
     def __init__(self, start: Start, config: EngineConfig, renderer: Renderer, context: int) -> None:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        if not start.gpu:
+            from srlm_core.engines import vllm_head  # noqa: F401 - its layer takes the place of vLLM's
 
         self._ends, self._nucleus = sorted(renderer.ends), not start.gpu
         self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments(start, config, context)))
@@ -126,6 +131,7 @@ def arguments(start: Start, config: EngineConfig, context: int) -> dict[str, Any
         "model": start.model, "dtype": config.dtype, "max_model_len": context, "max_num_seqs": config.max_sequences,
         "enforce_eager": not config.compiled, "enable_prefix_caching": True, "disable_log_stats": True,
         "trust_remote_code": start.trust_remote_code, "seed": 0, "generation_config": "vllm",
+        "hf_overrides": {"head_dtype": "float32"} if has_plain_head(Path(start.model)) else {},
     }  # fmt: skip
     if start.gpu:
         return shared | {"tensor_parallel_size": config.tensor_parallel, "gpu_memory_utilization": config.gpu_memory}
@@ -135,8 +141,13 @@ def arguments(start: Start, config: EngineConfig, context: int) -> dict[str, Any
     # Prompts share whole blocks only. vLLM's 128 shares 128 of a rubric's 160 tokens and none of the request behind it;
     # 32 shares nearly all: 1.6 times the judgments a second. The backend wants multiples of 32
     blocks = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": 32}
-    sampler = {"logits_processors": ["srlm_core.engines.nucleus:NucleusProcessor"]}
-    return shared | whole_prompts | sampler | blocks | {"distributed_executor_backend": "uni"}
+    ours = ["srlm_core.engines.nucleus:NucleusProcessor", "srlm_core.engines.vllm_head:Asked"]
+    return shared | whole_prompts | blocks | {"logits_processors": ours, "distributed_executor_backend": "uni"}
+
+
+def has_plain_head(model: Path) -> bool:
+    """Whether the head's weights are numbers as they are: vLLM computes no other head in float32 (exact_head.py)."""
+    return "quantization_config" not in json.loads((model / "config.json").read_text())
 
 
 if __name__ == "__main__":
