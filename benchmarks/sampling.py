@@ -53,7 +53,8 @@ def _compare(size: Size, rounds: int, folder: Path) -> Comparison:
     ):  # fmt: skip
         with backend.open(backend.base()) as engine:  # started once, for all rounds
             recorder = Recorder(engine)
-            run = Run(config, campaign, executor, backend._replace(open=lambda _: recorder))
+            untrained = backend._replace(open=lambda _: recorder, frozen=lambda _: backend.base())  # M1 is M0 here
+            run = Run(config, campaign, executor, untrained)
             campaign.logs.mkdir()
 
             def ours(r: int) -> float:

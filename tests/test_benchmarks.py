@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import training
+from benchmarks import sampling, training
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.likeness import distances, dpo_loss, token_loss
 from benchmarks.loop import distinct
@@ -114,3 +114,10 @@ def test_a_step_of_all_rows_ends_where_trl_as_it_comes_ends(kind, tmp_path):
     losses = also["losses afterwards, all rows"]
     assert losses["ours, seed 0"] == pytest.approx(losses["theirs, seed 0"], abs=2e-3)
     assert losses["ours, seed 0"] < losses["start"] - 0.05
+
+
+@pytest.mark.slow
+def test_the_loop_and_a_bare_engine_are_given_the_same_requests():
+    (made,) = sampling.compare(sampling.Size(2, 2, 2, 16, 16, 2, 16), 2)  # the second round is an iteration after M1's
+    assert len(made.ours) == len(made.theirs) == 2
+    assert all(tokens > 0 for tokens in [*made.also["tokens generated, bare"], *made.also["responses' tokens, ours"]])
