@@ -25,6 +25,8 @@ MENDED_BY = {
 """Fields that clash by the value of another one; where both are filled in, the run itself looks."""
 MOST = 1_000_000
 """Tried where a setting has no upper bound."""
+FINE = 1e-6
+"""How near to where fractions stop working their bound is found, as a share of the way there."""
 
 Fragment = Mapping[str, Any]
 """JSON schema of the values that a recipe works with."""
@@ -113,10 +115,10 @@ def _edge(end: float, inside: float, works: Callable[[Any], bool], *, whole: boo
     """Halve the way from a value that works to a bound that may not, down to the last that works."""
     if works(end):
         return end
-    if not whole and not works(inside + (end - inside) / MOST):
+    if not whole and not works(inside + (end - inside) * FINE):
         return inside
     good, bad = inside, end
-    while abs(bad - good) > (1 if whole else abs(end - inside) / MOST):
+    while abs(bad - good) > (1 if whole else abs(end - inside) * FINE):
         between = (good + bad) // 2 if whole else (good + bad) / 2
         good, bad = (between, bad) if works(between) else (good, between)
     return good
@@ -152,7 +154,7 @@ def _is(name: str, values: list[str], defaults: Mapping[str, str]) -> dict[str, 
     return {"not": {"properties": {name: {"not": {"enum": values}}}}}
 
 
-def narrowed(schema: Mapping[str, Any], clashes: Mapping[Clash, Mapping[str, list[str]]]) -> dict[str, Any]:
+def with_conditions(schema: Mapping[str, Any], clashes: Mapping[Clash, Mapping[str, list[str]]]) -> dict[str, Any]:
     """Return a form's schema with the conditions in it."""
     defaults = {name: schema["properties"][name].get("default", "") for name in ("recipe", "size")}
     return {**schema, "allOf": conditions(clashes, defaults)}
@@ -168,7 +170,7 @@ def main() -> None:
         for deployment in client.read_deployments():
             schema = deployment.parameter_openapi_schema or {}
             if {"recipe", "size", "settings"} <= schema.get("properties", {}).keys():
-                update = DeploymentUpdate(parameter_openapi_schema=narrowed(schema, clashes))
+                update = DeploymentUpdate(parameter_openapi_schema=with_conditions(schema, clashes))
                 client.update_deployment(deployment.id, update)
 
 

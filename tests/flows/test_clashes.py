@@ -20,7 +20,7 @@ def schema() -> dict[str, Any]:
     from prefect.utilities.callables import parameter_schema
 
     flow = load_flow_from_entrypoint("flows.self_reward.self_reward")
-    return clashes.narrowed(parameter_schema(flow.fn).model_dump_for_openapi(), clashes.found())
+    return clashes.with_conditions(parameter_schema(flow.fn).model_dump_for_openapi(), clashes.found())
 
 
 def said(schema: dict[str, Any], **parameters: Any) -> list[tuple[str, str]]:
