@@ -53,8 +53,8 @@ def field(page: Any, name: str) -> Any:
     return page.locator(".schema-form-property").filter(has=label).last.locator("input, textarea").first
 
 
-def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
-    """Start a campaign as a person does; return its flow run, whose page is open then."""
+def fill_in(team: Team, page: Any, name: str, **settings: Any) -> None:
+    """Open the form of a campaign, and fill it in."""
     page.goto(f"{team.stack.at.prefect}/deployments")
     page.get_by_role("link", name="self-reward").first.click()
     page.get_by_role("button", name="Run", exact=True).click()
@@ -66,6 +66,11 @@ def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
     assert [label for label in labels if label in form.OFFERED] == list(form.OFFERED)
     for setting, value in settings.items():
         field(page, setting).fill(str(value))
+
+
+def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
+    """Start a campaign as a person does; return its flow run, whose page is open then."""
+    fill_in(team, page, name, **settings)
     shot(page, "prefect-form")
     page.get_by_role("button", name="Submit").click()
     page.locator("a[href*='/runs/flow-run/']").first.click()
@@ -73,6 +78,16 @@ def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
     run_id = UUID(page.url.rpartition("/")[2].partition("?")[0])
     assert team.run(run_id).parameters["name"] == name
     return run_id
+
+
+def test_what_cannot_work_is_said_beside_its_field(team: Team, page: Any) -> None:
+    fill_in(team, page, "refused", **{"responses.n": 1})
+    page.get_by_role("button", name="Submit").click()
+    told = page.locator(".schema-form-property", has_text="1 is less than the minimum of 2").last
+    assert told.inner_text().startswith("responses.n")
+    shot(page, "prefect-refused")
+    assert "/deployments/deployment/" in page.url
+    assert not (team.root / "refused").exists()
 
 
 @pytest.fixture(scope="module")
