@@ -1,9 +1,9 @@
-"""The head in float32, where what it says is read as a probability.
+"""The head in float32, where what it says is read as a probability, or as a reward.
 
 Rounded to bfloat16 a logit around 20 is a multiple of an eighth. Of 100 responses that the 135M model judged so, 64 had
 one and the same score; in float32 no more than two have.
 
-Only an engine's child imports the module: it pays for torch at the top.
+Only children import the module: it pays for torch at the top.
 """
 
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ the trainer that is rewarded, import the module: they pay for torch and transfor
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from srlm_core.config import EngineConfig
+from srlm_core.engines.exact_head import exact
 from srlm_core.engines.messages import Answer, Appraised, Start
 from srlm_core.engines.protocol import Reward
 from srlm_core.engines.rendering import Renderer
@@ -45,7 +47,9 @@ class RewardModel:
         require_fit(path, renderer.tokenizer, config)
         if config.pad_token_id is None:
             config.pad_token_id = padding(renderer.tokenizer, renderer.ends)
-        self.device, self.pad = device, config.pad_token_id
+        self.device, self.pad, head = device, config.pad_token_id, getattr(self.model, "score", None)
+        self.head = head if isinstance(head, torch.nn.Linear) else None
+        """None: a head of somebody's own making, which is taken as it is."""
         self.model.to(device).eval()
 
     def rewards(self, texts: Sequence[list[int]]) -> list[float]:
@@ -53,7 +57,7 @@ class RewardModel:
         rows = [torch.tensor(text) for text in texts]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        with torch.no_grad():
+        with torch.no_grad(), exact(self.head) if self.head else nullcontext():
             said = self.model(input_ids=ids, attention_mask=mask.to(self.device), use_cache=False).logits
         return said[:, 0].float().tolist()
 

@@ -274,6 +274,18 @@ def test_what_does_not_fit_the_context_has_no_reward(trained: Path, tmp_path: Pa
     assert found == {"short": pytest.approx(rewards_of(trained, rows[:1])["short"], abs=1e-5), "long": None}
 
 
+def test_rewards_of_a_bfloat16_model_are_not_rounded(trained: Path, tiny: Path) -> None:
+    """From 1 on a bfloat16 is a multiple of 1/128, around 5 of 1/32, and many texts would have one reward."""
+    import torch
+
+    from srlm_core.engines.rendering import Renderer
+    from srlm_core.engines.rewarding import RewardModel
+
+    model = RewardModel(trained, Renderer(tiny), dtype=torch.bfloat16, device="cpu", trust_remote_code=False)
+    rewards = torch.tensor(model.rewards([[5 + n, 7, 9 * n + 11] for n in range(16)]))
+    assert ((rewards * 128) % 1 != 0).float().mean() > 0.5
+
+
 def test_a_language_model_gives_no_rewards_and_a_reward_model_no_text(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
