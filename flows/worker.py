@@ -8,20 +8,24 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from uuid import UUID
 
 import httpx
 from prefect import get_client
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Crashed
 
 STARTED_BY_WORKER = "PREFECT__FLOW_RUN_ID"
 """In the environment of a process that a worker started for a flow run."""
 GRACE_S = 20.0
+TELL_S = 10.0
 LOOK_S = 10.0
 DEAF_S = 30.0
 """A worker hears of a cancellation at once, or within ten seconds where its stream of events is cut."""
 UNHEARD = "Cancelled by the run itself: its worker did not hear of it."
+LEFT = "Its worker is gone, and the run did not end when it was asked to."
 _watching = False
 
 
@@ -33,14 +37,22 @@ def end_with_worker() -> None:
         return
     _watching = True
     if worker != 1:  # 1: a container's, that ends with its container
-        threading.Thread(target=_watch_worker, args=(worker,), daemon=True, name="worker watch").start()
+        threading.Thread(target=_watch_worker, args=(worker, UUID(run_id)), daemon=True, name="worker watch").start()
     threading.Thread(target=_watch_run, args=(UUID(run_id),), daemon=True, name="cancellation watch").start()
 
 
-def _watch_worker(worker: int) -> None:
+def _watch_worker(worker: int, run_id: UUID) -> None:
     while os.getppid() == worker:
         time.sleep(1.0)
-    _end()
+    _end(partial(_say_crashed, run_id))
+
+
+def _say_crashed(run_id: UUID) -> None:
+    """Tell what nobody else will: a run that is not told to have crashed is running, in the pages, until it is lost."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+        if state is None or not state.is_final():
+            client.set_flow_run_state(run_id, Crashed(message=LEFT), force=True)
 
 
 def _watch_run(run_id: UUID) -> None:
@@ -63,7 +75,12 @@ def _watch_run(run_id: UUID) -> None:
     _end()
 
 
-def _end() -> None:
+def _end(last_word: Callable[[], None] | None = None) -> None:
+    """End this process as a signal would, which says so itself; else say the last word, and end it by force."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
+    if last_word is not None:  # in a thread: whoever hangs may hold a lock that it needs
+        saying = threading.Thread(target=last_word, daemon=True)
+        saying.start()
+        saying.join(TELL_S)
     os.kill(os.getpid(), signal.SIGKILL)

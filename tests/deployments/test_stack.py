@@ -247,8 +247,7 @@ def test_a_campaign_whose_worker_was_killed_goes_on_when_the_run_is_started_agai
     for process in psutil.Process(team.stack.pid(WORKER)).children(recursive=True):
         if "worker" in process.cmdline():
             os.kill(process.pid, signal.SIGKILL)
-    state = team.until(run_id, lambda state: state.is_crashed(), 60).state
-    assert "interrupt" in state.message
+    team.until(run_id, lambda state: state.is_crashed(), 60)
     nothing_is_left_of("killed")
     with team.client() as client:  # the button "Retry"
         client.set_flow_run_state(run_id, AwaitingRetry(), force=True)

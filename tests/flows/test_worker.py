@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from flow_runs import client
 
@@ -48,3 +49,42 @@ def test_a_run_whose_worker_does_not_hear_that_it_is_cancelled_cancels_itself(se
         state = here.read_flow_run(run.id).state
     assert state.is_cancelled()
     assert state.message == worker.UNHEARD
+
+
+HANGS = """
+import signal, time
+from flows import worker
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+worker.GRACE_S = 0.5
+worker.end_with_worker()
+print("begun", flush=True)
+time.sleep(120)
+"""
+WORKER = """
+import subprocess, sys, time
+run = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+run.stdout.readline()
+print(run.pid, flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_run_that_hangs_when_its_worker_is_gone_is_told_to_have_crashed(server: PrefectServer) -> None:
+    from prefect import flow
+    from prefect.states import Running
+
+    @flow
+    def hanging() -> None: ...
+
+    with client() as here:
+        run = here.create_flow_run(hanging)
+        here.set_flow_run_state(run.id, Running(), force=True)
+        given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run.id)}
+        with subprocess.Popen([sys.executable, "-c", WORKER, HANGS], env=given, stdout=subprocess.PIPE) as of_worker:
+            assert of_worker.stdout is not None
+            left = psutil.Process(int(of_worker.stdout.readline()))
+            of_worker.kill()
+        left.wait(30)
+        state = here.read_flow_run(run.id).state
+    assert state.is_crashed()
+    assert state.message == worker.LEFT
