@@ -32,7 +32,7 @@ def _logprobs(model: Path, rows: pa.Table, log: Path) -> LogProbs:
         for place, row in enumerate(rows.to_pylist())
         for column in row.keys() & {"completion", "chosen", "rejected"}
     ]
-    with open_engine(EngineConfig(kind="transformers", context=2048), model, log=log) as engine:
+    with open_engine(EngineConfig(kind="transformers", context=2048, dtype="float32"), model, log=log) as engine:
         found = list(engine.logprobs(asked))
     return {one.id: (one.logprob, one.n_tokens) for one in found if one.logprob is not None}
 

@@ -34,7 +34,8 @@ def main() -> None:
         "gradient_accumulation_steps": settings["batch_size"] // settings["micro_batch_size"],
         "num_train_epochs": settings["epochs"], "max_length": settings["max_length"], "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "use_cpu": not on_gpu,
-        "bf16": hardware.multiplies_bfloat16(), "disable_tqdm": True,
+        "bf16": {"auto": hardware.multiplies_bfloat16(), "bfloat16": True, "float32": False}[settings["precision"]],
+        "disable_tqdm": True,
         "gradient_checkpointing": settings["gradient_checkpointing"],
     }  # fmt: skip
     with stopwatch() as seconds:

@@ -40,10 +40,13 @@ SIZES = {"cpu": Size(32, 16, 8, 4, 512), "gpu": Size(2048, 1024, 16, 8, 1024)}
 def compare(size: Size, rounds: int) -> list[Comparison]:
     """Train the same rows both ways, with another seed in each round."""
     with tempfile.TemporaryDirectory() as folder:
-        return [side_by_side(kind, size, rounds, Path(folder) / kind) for kind in ("sft", "dpo")]
+        precision = "bfloat16" if hardware.multiplies_bfloat16() else "float32"
+        return [side_by_side(kind, size, rounds, Path(folder) / kind, precision) for kind in ("sft", "dpo")]
 
 
-def side_by_side(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path) -> Comparison:
+def side_by_side(
+    kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: Path, precision: Literal["bfloat16", "float32"]
+) -> Comparison:
     """Train with ours and with TRL, and say besides how like each other the models are."""
     folder.mkdir()
     rows = folder / "rows.parquet"
@@ -54,7 +57,7 @@ def side_by_side(kind: Literal["sft", "dpo"], size: Size, rounds: int, folder: P
 
     def job(side: str, r: int) -> TrainingJob:
         rates = {"learning_rate": 1e-5, "final_learning_rate": 1e-6, "batch_size": size.batch}
-        how = {**rates, "micro_batch_size": size.micro, "max_length": size.max_length}
+        how = {**rates, "micro_batch_size": size.micro, "max_length": size.max_length, "precision": precision}
         settings: OptimizerConfig = SftConfig(**how) if kind == "sft" else DpoConfig(**how)
         return TrainingJob(
             kind=kind, rows=rows, init_from=small_model(), output=folder / f"{side}{r}", seed=r, settings=settings,

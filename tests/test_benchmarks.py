@@ -109,7 +109,7 @@ def test_weights_apart_are_shares_of_the_way_from_the_start(tmp_path):
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_step_of_all_rows_ends_where_trl_as_it_comes_ends(kind, tmp_path):
     # where a step takes all rows there, no draw of rows differs: what is left are Adam's signs of gradients near zero
-    also = training.side_by_side(kind, training.Size(8, 8, 8, 4, 512), 1, tmp_path / kind).also
+    also = training.side_by_side(kind, training.Size(8, 8, 8, 4, 512), 1, tmp_path / kind, "float32").also
     assert also["weights apart, as shares of the way"]["ours to theirs"]["mean"] < 0.1
     losses = also["losses afterwards, all rows"]
     assert losses["ours, seed 0"] == pytest.approx(losses["theirs, seed 0"], abs=2e-3)
