@@ -46,9 +46,11 @@ def found() -> dict[Clash, dict[str, list[str]]]:
     answers: dict[str, list[Clash]] = {}
     for recipe in form.offered_recipes():
         configs = {size: config for size in get_args(form.Size) if (config := _loaded(recipe, size))}
-        if len(configs) < len(get_args(form.Size)):
+        if configs and len(configs) < len(get_args(form.Size)):
             clashes[Clash("size", json.dumps({"enum": list(configs)}))][recipe] = []
         for size, config in configs.items():
+            if not _fits(config):
+                continue  # one of the team's own, which a form's settings may mend; else the run says what is wrong
             alike = config.model_dump_json(exclude={"recipe", "size"})  # `small` is often like `demo`
             if alike not in answers:
                 answers[alike] = list(_of(config))
@@ -58,9 +60,18 @@ def found() -> dict[Clash, dict[str, list[str]]]:
 
 
 def _loaded(recipe: str, size: str) -> RunConfig | None:
+    """Load a recipe at a size that it has; None also for a file that cannot be read, of which the run says why."""
     with suppress(ConfigError):
         return recipes.load(form.recipe_file(recipe), size or None)
     return None
+
+
+def _fits(config: RunConfig) -> bool:
+    try:
+        methods.require_fit(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _of(config: RunConfig) -> Iterable[Clash]:
@@ -69,10 +80,9 @@ def _of(config: RunConfig) -> Iterable[Clash]:
     def works(name: str, value: Any) -> bool:
         changed = recipes.parse_override(f"{name}={json.dumps(value)}")
         try:
-            methods.require_fit(recipes.validate(recipes.merge(all_of_it, changed)))
+            return _fits(recipes.validate(recipes.merge(all_of_it, changed)))
         except ConfigError:
             return False
-        return True
 
     for name in form.OFFERED:
         field = name.replace(".", "_")

@@ -1,5 +1,6 @@
 """The form's conditions say of every recipe what the run would say: no more, no less."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -115,3 +116,16 @@ def test_bounds_are_found_to_the_last_value() -> None:
     assert found["maximum"] == pytest.approx(0.25, abs=1e-6)
     assert found["maximum"] <= 0.25
     assert clashes.allows({"enum": ["a", "b"]}, lambda x: x == "a", "a") == {"enum": ["a"]}
+
+
+def test_a_recipe_of_the_teams_own_that_does_not_work_by_itself_is_left_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "broken.toml").write_text("method = ")
+    (tmp_path / "recipes" / "twice.toml").write_text('method = "dpo"\niterations = 2\n')  # with iterations=1 it works
+    (tmp_path / "recipes" / "mine.toml").write_text('extends = "dpo"\n')
+    monkeypatch.setenv("SRLM_ROOT", str(tmp_path))
+    of_recipes = {recipe for where in clashes.found().values() for recipe in where}
+    assert "mine" in of_recipes
+    assert not of_recipes & {"broken", "twice"}

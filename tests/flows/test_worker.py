@@ -5,6 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
@@ -25,28 +29,37 @@ time.sleep(120)
 """
 
 
-def test_a_run_whose_worker_does_not_hear_that_it_is_cancelled_cancels_itself(server: PrefectServer) -> None:
+@contextmanager
+def process_of_a_run(server: PrefectServer, *code: str) -> Iterator[tuple[Any, UUID, "subprocess.Popen[bytes]"]]:
+    """A run that Prefect takes for running, and a Python process that a worker seems to have started for it."""
     from prefect import flow
-    from prefect.states import Cancelling, Running
+    from prefect.states import Running
 
     @flow
-    def unheard() -> None: ...
+    def running() -> None: ...
 
     with client() as here:
-        run = here.create_flow_run(unheard)
-        here.set_flow_run_state(run.id, Running(), force=True)
-        given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run.id)}
-        with subprocess.Popen([sys.executable, "-c", RUN], env=given, stdout=subprocess.PIPE) as process:
+        run_id = here.create_flow_run(running).id
+        here.set_flow_run_state(run_id, Running(), force=True)
+        given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run_id)}
+        with subprocess.Popen([sys.executable, "-c", *code], env=given, stdout=subprocess.PIPE) as process:
             try:
-                assert process.stdout is not None
-                assert process.stdout.readline() == b"begun\n"
-                time.sleep(2)
-                assert process.poll() is None  # nobody has asked it to end
-                here.set_flow_run_state(run.id, Cancelling())
-                assert process.wait(30) == -signal.SIGTERM
+                yield here, run_id, process
             finally:
                 process.kill()
-        state = here.read_flow_run(run.id).state
+
+
+def test_a_run_whose_worker_does_not_hear_that_it_is_cancelled_cancels_itself(server: PrefectServer) -> None:
+    from prefect.states import Cancelling
+
+    with process_of_a_run(server, RUN) as (here, run_id, process):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        time.sleep(2)
+        assert process.poll() is None  # nobody has asked it to end
+        here.set_flow_run_state(run_id, Cancelling())
+        assert process.wait(30) == -signal.SIGTERM
+        state = here.read_flow_run(run_id).state
     assert state.is_cancelled()
     assert state.message == worker.UNHEARD
 
@@ -70,21 +83,11 @@ time.sleep(120)
 
 
 def test_a_run_that_hangs_when_its_worker_is_gone_is_told_to_have_crashed(server: PrefectServer) -> None:
-    from prefect import flow
-    from prefect.states import Running
-
-    @flow
-    def hanging() -> None: ...
-
-    with client() as here:
-        run = here.create_flow_run(hanging)
-        here.set_flow_run_state(run.id, Running(), force=True)
-        given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run.id)}
-        with subprocess.Popen([sys.executable, "-c", WORKER, HANGS], env=given, stdout=subprocess.PIPE) as of_worker:
-            assert of_worker.stdout is not None
-            left = psutil.Process(int(of_worker.stdout.readline()))
-            of_worker.kill()
+    with process_of_a_run(server, WORKER, HANGS) as (here, run_id, of_worker):
+        assert of_worker.stdout is not None
+        left = psutil.Process(int(of_worker.stdout.readline()))
+        of_worker.kill()
         left.wait(30)
-        state = here.read_flow_run(run.id).state
+        state = here.read_flow_run(run_id).state
     assert state.is_crashed()
     assert state.message == worker.LEFT
