@@ -138,12 +138,19 @@ def _select(
         may_be_rejected=worst,
     )
     if chosen_rejected is None:
-        return None, "tie"
+        return None, _why_none([scores[scored[place]["response_id"]] for place in {*best, *worst}])
     chosen, rejected = (scored[place] for place in chosen_rejected)
     margin = scores[chosen["response_id"]] - scores[rejected["response_id"]]
     if margin < config.min_margin - _EPSILON:
         return None, "margin_too_small"
     return (chosen, rejected), ""
+
+
+def _why_none(scores: Sequence[float]) -> str:
+    """Say why no response may be chosen over another, of the scores of those that may be in a pair."""
+    if len(scores) == 1:
+        return "only_one_may_be_paired"
+    return "tie" if max(scores) - min(scores) <= _EPSILON else "none_better_may_be_chosen"
 
 
 def extremes(
@@ -154,7 +161,7 @@ def extremes(
     may_be_chosen: Sequence[int] | None = None,
     may_be_rejected: Sequence[int] | None = None,
 ) -> tuple[int, int] | None:
-    """Return the places of chosen and rejected among a prompt's responses, or null for a tie.
+    """Return the places of chosen and rejected among a prompt's responses, or null where none is above another.
 
     The highest and the lowest score; under length control (rho, a share of the scores' range) the shortest of those
     within rho of the top and the longest of those within rho of the bottom. Always the first of equals. Not given: all

@@ -29,6 +29,17 @@ def test_a_tie_makes_no_pair_and_the_next_prompt_is_still_processed():
     assert [(row["id"], row["reason"]) for row in drops.to_pylist()] == [("p0", "tie")]
 
 
+def test_what_is_no_tie_is_not_called_one():
+    """As the 135M model's answers were: all but one were cut, so that nothing was left to hold it against."""
+    cut = [("p0", "one", "stop"), *[("p0", text, "length") for text in ("two", "three")]]
+    _, drops = paired(cut, {"r0": 2.38, "r1": 2.31, "r2": 2.29})
+    assert drops["reason"].to_pylist() == ["only_one_may_be_paired"]
+    _, drops = paired(cut, {"r0": 2.3, "r1": 2.31, "r2": 2.39}, PairsConfig(truncated_rejected=True))
+    assert drops["reason"].to_pylist() == ["none_better_may_be_chosen"]
+    _, drops = paired(cut, {"r0": 2.3, "r1": 2.3, "r2": 2.3}, PairsConfig(truncated_rejected=True))
+    assert drops["reason"].to_pylist() == ["tie"]
+
+
 def test_means_that_differ_in_the_last_bit_are_a_tie():
     _, drops = paired(FOUR[:2], {"r0": 0.1 + 0.2, "r1": 0.3})
     assert drops["reason"].to_pylist() == ["tie"]
