@@ -1,7 +1,8 @@
 """vLLM's head in float32 (exact_head.py) on a processor: in the steps in which a row's probabilities are asked for.
 
-vLLM has the setting (`head_dtype`). On a GPU it costs nothing. On a processor the whole head is converted at each step,
-which halves the speed of sampling; and a drawn token needs no more digits than it is drawn by.
+vLLM has the setting (`head_dtype`). On a GPU it is one product with another output type, without a copy; we have not
+measured it. On a processor the whole head is converted at each step, which halves the speed of sampling; and a drawn
+token needs no more digits than it is drawn by.
 
 Only an engine's child imports the module.
 """
