@@ -13,7 +13,7 @@ import httpx
 from prefect import Task, get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 
 log = logging.getLogger("srlm")
 
@@ -49,7 +49,7 @@ class TaskRuns:
                 self._ran[known] = Ran(task, name, flow_run_id, state.model_copy(update={"data": None}))
 
     def settle(self) -> int:
-        """Tell the server of those it does not show as ended; return how many. A server that is away stays in debt."""
+        """Tell the server of those it does not show as they ended; return how many. One that is away stays in debt."""
         try:
             with get_client(sync_client=True) as client:
                 there = self._settled(client)
@@ -64,7 +64,7 @@ class TaskRuns:
         return len(missed)
 
     def _settled(self, client: SyncPrefectClient) -> dict[UUID, bool]:
-        """Return what the server shows, and whether as ended, once no more events come."""
+        """Return what the server shows, and whether as ended and by its name, once no more events come."""
         until, before = time.monotonic() + PATIENCE_S, -1
         while True:
             there = self._there(client)
@@ -79,12 +79,19 @@ class TaskRuns:
         ours, found = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs))), dict[UUID, bool]()
         while True:
             page = client.read_task_runs(flow_run_filter=ours, limit=PAGE, offset=len(found))
-            found |= {run.id: run.state is not None and run.state.is_final() for run in page if run.id not in found}
+            found |= {run.id: self._as_it_ran(run) for run in page if run.id not in found}
             if len(page) < PAGE:
-                return {run_id: ended for run_id, ended in found.items() if run_id in self._ran}
+                return {run_id: told for run_id, told in found.items() if run_id in self._ran}
+
+    def _as_it_ran(self, run: TaskRun) -> bool:
+        ours = self._ran.get(run.id)
+        # its name comes with the second event: one whose others were lost would stay "responses-5f3"
+        return ours is not None and run.name == ours.name and run.state is not None and run.state.is_final()
 
     def _tell(self, client: SyncPrefectClient, run_id: UUID, *, known: bool) -> None:
         task, name, flow_run_id, state = self._ran[run_id]
-        if not known:
+        if known:
+            client.set_task_run_name(run_id, name)
+        else:
             client.create_task_run(task, flow_run_id, str(run_id), id=run_id, name=name)
         client.set_task_run_state(run_id, state, force=True)

@@ -6,6 +6,8 @@ holds a device, and the campaign is free for the next run.
 
 import os
 import signal
+import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +28,10 @@ DEAF_S = 30.0
 """A worker hears of a cancellation at once, or within ten seconds where its stream of events is cut."""
 UNHEARD = "Cancelled by the run itself: its worker did not hear of it."
 LEFT = "Its worker is gone, and the run did not end when it was asked to."
+RELAY = "trap '' PIPE; cat; exec cat > /dev/null"
+"""Hands on what it is given, and takes it all the same once nobody reads on."""
 _watching = False
+_relays: list[subprocess.Popen[bytes]] = []
 
 
 def end_with_worker() -> None:
@@ -37,8 +42,26 @@ def end_with_worker() -> None:
         return
     _watching = True
     if worker != 1:  # 1: a container's, that ends with its container
+        _print_by_relay()
         threading.Thread(target=_watch_worker, args=(worker, UUID(run_id)), daemon=True, name="worker watch").start()
     threading.Thread(target=_watch_run, args=(UUID(run_id),), daemon=True, name="cancellation watch").start()
+
+
+def _print_by_relay() -> None:
+    """Print through a process that outlives the worker, who reads what is printed from pipes.
+
+    Once nobody reads a pipe, printing fails: Rich then ends the process, amid Prefect's word that the run crashed.
+    """
+    for stream in (1, 2):
+        if stat.S_ISFIFO(os.fstat(stream).st_mode):
+            relay = subprocess.Popen(
+                ["sh", "-c", RELAY], stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.DEVNULL,
+                start_new_session=True,  # what ends the run's process group must not take its words away
+            )  # fmt: skip
+            assert relay.stdin is not None
+            os.dup2(relay.stdin.fileno(), stream)
+            relay.stdin.close()
+            _relays.append(relay)
 
 
 def _watch_worker(worker: int, run_id: UUID) -> None:

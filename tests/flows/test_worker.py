@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -30,7 +30,9 @@ time.sleep(120)
 
 
 @contextmanager
-def process_of_a_run(server: PrefectServer, *code: str) -> Iterator[tuple[Any, UUID, "subprocess.Popen[bytes]"]]:
+def process_of_a_run(
+    server: PrefectServer, *code: str, pass_fds: Sequence[int] = ()
+) -> Iterator[tuple[Any, UUID, "subprocess.Popen[bytes]"]]:
     """A run that Prefect takes for running, and a Python process that a worker seems to have started for it."""
     from prefect import flow
     from prefect.states import Running
@@ -42,7 +44,9 @@ def process_of_a_run(server: PrefectServer, *code: str) -> Iterator[tuple[Any, U
         run_id = here.create_flow_run(running).id
         here.set_flow_run_state(run_id, Running(), force=True)
         given = os.environ | {"PREFECT_API_URL": server.url, worker.STARTED_BY_WORKER: str(run_id)}
-        with subprocess.Popen([sys.executable, "-c", *code], env=given, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", *code], env=given, stdout=subprocess.PIPE, pass_fds=pass_fds
+        ) as process:
             try:
                 yield here, run_id, process
             finally:
@@ -91,3 +95,42 @@ def test_a_run_that_hangs_when_its_worker_is_gone_is_told_to_have_crashed(server
         state = here.read_flow_run(run_id).state
     assert state.is_crashed()
     assert state.message == worker.LEFT
+
+
+PRINTS = """
+import os, signal, sys, time
+from flows import worker
+
+def asked(*_):
+    print("ending", flush=True)
+    sys.stderr.write("ending")
+    os.write(int(sys.argv[1]), b"as asked")
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, asked)
+worker.end_with_worker()
+print("begun", flush=True)
+while True:
+    print("going on", flush=True)
+    time.sleep(0.01)
+"""
+READS = """
+import subprocess, sys
+given = int(sys.argv[2])
+run = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                       pass_fds=[given])
+while line := run.stdout.readline():
+    print(line.decode().strip(), flush=True)
+"""
+
+
+def test_a_run_whose_worker_is_gone_can_still_print_until_it_has_ended(server: PrefectServer) -> None:
+    """Prefect's own lines are printed by Rich, which ends the process where nobody reads them."""
+    said, of_run = os.pipe()
+    with process_of_a_run(server, READS, PRINTS, str(of_run), pass_fds=[of_run]) as (_, _, of_worker):
+        os.close(of_run)
+        assert of_worker.stdout is not None
+        assert [of_worker.stdout.readline() for _ in range(2)] == [b"begun\n", b"going on\n"]
+        of_worker.kill()
+        assert os.read(said, 100) == b"as asked"
+    os.close(said)
