@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # PyTorch's own index of CPU builds, asked only where pip does not find the build by itself
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo stack test test-slow test-cluster check bench clean
+.PHONY: demo stack test test-slow test-cluster test-long check bench clean
 
 $(READY): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,6 +35,9 @@ test-slow: $(READY)  ## the suites that take longer
 
 test-cluster: $(READY)  ## servers, Ray, several training ranks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not gpu"
+
+test-long: $(READY)  ## test-slow and test-cluster in one: who waits for a server leaves the cores to the others
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or cluster) and not gpu"
 
 check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .
