@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from srlm_core import store, weights
@@ -47,6 +48,7 @@ class Run:
         self.reward_is_measured = False
         """Whether this run measured the reward model: it answers nothing, so it is none of `measured`."""
         self.usage: dict[str, dict[str, Any]] = store.read_json(self.campaign.folder / "usage.json") or {}
+        self._counting = Lock()  # engines start in the threads of their shards, while the loop times its phases
 
     def tell(self, what: str, **details: Any) -> None:
         """Tell the observers."""
@@ -132,23 +134,24 @@ class Run:
         self.tell("engine_start", model=model, seconds=seconds)
 
     def _count(self, engines: Iterable[OnDemand]) -> None:
-        for engine in engines:
-            for stage, used in engine.usage.items():
-                total = Usage(**self.usage.get(stage, {}))
-                self.usage[stage] = {
-                    "requests": total.requests + used.requests,
-                    "tokens": total.tokens + used.tokens,
-                    "seconds": round(total.seconds + used.seconds, 2),
-                }
-        store.write_json(self.campaign.folder / "usage.json", self.usage)
+        with self._counting:
+            for engine in engines:
+                for stage, used in engine.usage.items():
+                    total = Usage(**self.usage.get(stage, {}))
+                    self.usage[stage] = {
+                        "requests": total.requests + used.requests,
+                        "tokens": total.tokens + used.tokens,
+                        "seconds": round(total.seconds + used.seconds, 2),
+                    }
+            store.write_json(self.campaign.folder / "usage.json", self.usage)
 
     def sampled(self, model: str, result: TrainingResult) -> None:
         """Count what a training sampled by itself."""
         if result.generated_tokens:
-            self.usage[f"training {model}"] = {
-                "requests": result.n_rows, "tokens": result.generated_tokens, "seconds": round(result.seconds, 2),
-            }  # fmt: skip
-            store.write_json(self.campaign.folder / "usage.json", self.usage)
+            used = Usage(result.n_rows, result.generated_tokens, round(result.seconds, 2))
+            with self._counting:
+                self.usage[f"training {model}"] = asdict(used)
+                store.write_json(self.campaign.folder / "usage.json", self.usage)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -161,5 +164,6 @@ class Run:
             self.add_time(name, time.monotonic() - started)
 
     def add_time(self, name: str, seconds: float) -> None:
-        self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
-        store.write_json(self.campaign.folder / "timings.json", self.timings)
+        with self._counting:
+            self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 2)
+            store.write_json(self.campaign.folder / "timings.json", self.timings)

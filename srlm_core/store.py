@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -51,7 +52,8 @@ def write_atomically(path: Path, write: Callable[[Path], Written]) -> Written:
     Raises StoreError on a full disk; what was there before is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a name of its own for each thread: two that write the same file must not rename each other's away
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         written = write(aside)
         with aside.open("rb+") as file:

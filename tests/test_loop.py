@@ -5,14 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import TINY
 
-from srlm_core import store
+from srlm_core import recipes, store
+from srlm_core.backend import make_backend
 from srlm_core.errors import EngineDied, NothingLeft
+from srlm_core.executor import PlainExecutor
+from srlm_core.run import Run
+from srlm_core.store import Campaign
 
 
 def parquet(folder):
@@ -42,6 +47,18 @@ def test_a_campaign_makes_every_dataset_and_every_model(scripted):
         assert store.read_json(folder / "models" / name / "complete.json")["digest"]
     for name in ("M0", "sft_baseline", "M1", "M2", "M3", "head_to_head"):
         assert store.read_json(folder / "evaluation" / name / "results.json")
+
+
+def test_what_threads_count_at_once_is_all_counted(scripted):
+    """Engines start in the threads of their shards, while the loop times its phases."""
+    folder = scripted()
+    config = recipes.load("self_rewarding", "smoke", overrides=TINY)
+    with Campaign(folder.parent, "c") as campaign:
+        run = Run(config, campaign, PlainExecutor(), make_backend(config, cache=folder, logs=folder))
+        before = run.timings.get("engine starts", 0.0)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: run.add_time("engine starts", 1.0), range(200)))
+    assert store.read_json(folder / "timings.json")["engine starts"] == pytest.approx(before + 200)
 
 
 def test_iteration_t_starts_from_the_model_of_t_minus_1(scripted):

@@ -1,5 +1,6 @@
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,6 +109,15 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_there(tmp_path):
     with pytest.raises(StoreError, match=r"free\n? ?some space"):
         store.write_atomically(path, fill)
     assert store.read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_write_one_file_leave_one_of_their_texts_whole(tmp_path):
+    path, texts = tmp_path / "x.txt", [letter * 100_000 for letter in "abcd"]
+    with ThreadPoolExecutor(4) as threads:
+        for writing in [threads.submit(store.write_text, path, text) for text in texts * 25]:
+            writing.result()
+    assert path.read_text() in texts
     assert list(tmp_path.iterdir()) == [path]
 
 

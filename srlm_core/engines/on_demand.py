@@ -38,6 +38,7 @@ class OnDemand:
     _deaths: int = 0
     _closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
         return self
@@ -73,6 +74,14 @@ class OnDemand:
         if self._deaths > 1:
             raise EngineDied(f"the engine of {self.model} died again after one restart. {error}") from error
 
+    def count(self, stage: str, requests: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
+        """Add to what a stage asked: its shards do so from several threads."""
+        with self._counting:
+            used = self.usage[stage]
+            used.requests += requests
+            used.tokens += tokens
+            used.seconds += seconds
+
     def stage(self, name: str) -> "StageView":
         """Return this engine as one stage sees it, so that what the stage asks is counted under its name."""
         return StageView(self, name)
@@ -106,7 +115,7 @@ class StageView:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for done in self._counted(lambda engine, asked: engine.generate(asked), requests):
-            self._on_demand.usage[self._name].tokens += done.n_tokens
+            self._on_demand.count(self._name, tokens=done.n_tokens)
             self.tokens += done.n_tokens
             yield done
 
@@ -129,6 +138,4 @@ class StageView:
         except EngineDied as error:
             self._on_demand.bury(engine, error)
             raise
-        usage = self._on_demand.usage[self._name]
-        usage.requests += len(asked)
-        usage.seconds += time.monotonic() - started
+        self._on_demand.count(self._name, requests=len(asked), seconds=time.monotonic() - started)

@@ -72,10 +72,11 @@ def fill_in_and_run(team: Team, page: Any, name: str, **settings: Any) -> UUID:
     """Start a campaign as a person does; return its flow run, whose page is open then."""
     fill_in(team, page, name, **settings)
     shot(page, "prefect-form")
-    page.get_by_role("button", name="Submit").click()
-    page.locator("a[href*='/runs/flow-run/']").first.click()
-    page.wait_for_url(re.compile("/runs/flow-run/"))
-    run_id = UUID(page.url.rpartition("/")[2].partition("?")[0])
+    with page.expect_response(re.compile(r"/create_flow_run$")) as made:
+        page.get_by_role("button", name="Submit").click()
+    run_id = UUID(made.value.json()["id"])
+    page.locator(f"a[href*='/runs/flow-run/{run_id}']").first.click()
+    page.wait_for_url(re.compile(f"/runs/flow-run/{run_id}"))
     assert team.run(run_id).parameters["name"] == name
     return run_id
 
