@@ -32,6 +32,7 @@ RELAY = "trap '' PIPE; cat; exec cat > /dev/null"
 """Hands on what it is given, and takes it all the same once nobody reads on."""
 _watching = False
 _relays: list[subprocess.Popen[bytes]] = []
+"""Kept, since Python warns of a child that is forgotten while it runs."""
 
 
 def end_with_worker() -> None:

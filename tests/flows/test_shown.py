@@ -241,7 +241,7 @@ def test_task_runs_that_the_server_lost_are_told_again(
     send, lost = EventsWorker.send, Counter[str]()
 
     def forgetful(self: EventsWorker, event: Any) -> None:
-        """Lose all that is said of every fifth task run, the end of another fifth, all but the beginning of a third."""
+        """Lose all that is said of every fifth task run, the end of the next, all but the start of the one after."""
         kind, _, of = event.event, *event.resource["prefect.resource.id"].rpartition(".")[1:]
         losing: tuple[str, ...] = ()
         if kind.startswith("prefect.task-run."):
